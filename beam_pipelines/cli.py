@@ -1,0 +1,301 @@
+"""The `shardmill` command. Imports neither torch nor Beam until a command that needs them runs."""
+
+import inspect
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console
+
+from beam_pipelines.options import CurateOptions, flag, parse_options
+from shards.errors import BadRequest, ShardmillError
+
+# click's, which newer versions of typer carry within themselves under a private name.
+UsageError: Any = typer.BadParameter.__base__
+DONE, FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 130
+
+_HELP = """Mill raw images into training shards for vision-language models.
+
+Every image has a recorded fate. Start with:
+
+  shardmill demo
+
+  shardmill curate --input photos/ --output shards/
+
+  shardmill report shards/
+"""
+
+app = typer.Typer(
+    help=_HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+_beam_args: list[str] = []
+"""What stood after `--`, split off before the command line is parsed."""
+
+
+def _say(text: str) -> None:
+    Console().print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _flags_of(model: type[BaseModel]) -> list[inspect.Parameter]:
+    """One typer parameter per field. Values stay text here: the model checks them, so that a rule is written once."""
+    parameters = []
+    for name, field in model.model_fields.items():
+        shown = (
+            ""
+            if field.default in (None, "", []) or field.is_required()
+            else f" [default: {_shown(field.default)}]"
+        )
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        annotation: Any = bool | None if field.annotation is bool else str | None
+        if field.annotation == list[str]:
+            annotation = list[str] | None
+        setting = typer.Option(
+            flag(name),
+            help=f"{field.description or ''}{shown}",
+            metavar=None if annotation == (bool | None) else _metavar(field.annotation),
+            rich_help_panel=str(extra.get("group", "Options")),
+        )
+        parameters.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, setting]
+            )
+        )
+    return parameters
+
+
+def _shown(default: Any) -> str:
+    return default.human_readable(decimal=True) if hasattr(default, "human_readable") else str(default)
+
+
+def _metavar(annotation: Any) -> str:
+    choices = getattr(annotation, "__args__", ())
+    if choices and all(isinstance(choice, str) for choice in choices):
+        return "|".join(choices)
+    text = str(annotation)
+    return "N" if "int" in text else "X" if "float" in text else "SIZE" if "ByteSize" in text else "TEXT"
+
+
+def _command(model: type[BaseModel], name: str, *extra: inspect.Parameter) -> Callable[..., Any]:
+    """Register a function as a command whose flags are a model's fields; it gets what was set as a dict."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        def command(**values: Any) -> None:
+            function({key: value for key, value in values.items() if value not in (None, [])})
+
+        parameters = [*_flags_of(model), *extra]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        command.__doc__ = function.__doc__
+        app.command(name, rich_help_panel=None)(command)
+        return function
+
+    return register
+
+
+_CONFIG = inspect.Parameter(
+    "config",
+    inspect.Parameter.KEYWORD_ONLY,
+    default="",
+    annotation=Annotated[
+        str, typer.Option("--config", help="YAML file of options; flags win.", metavar="FILE")
+    ],
+)
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        str, typer.Option(help="Folder for the demo's input, shards, model and report.")
+    ] = "demo",
+    max_samples: Annotated[
+        int, typer.Option(help="Images to synthesise a conversation for; 0 for none.")
+    ] = 24,
+    train: Annotated[bool, typer.Option(help="Train a small model on the result.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed of what is planted.")] = 0,
+) -> None:
+    """Plant near duplicates, look-alikes and broken files among real images, mill them, and say what was found.
+
+    shardmill demo --output /tmp/demo
+    """
+    from beam_pipelines.demo import run_demo
+
+    run_demo(Path(output).expanduser(), max_samples, train, seed, Console(stderr=True))
+
+
+@_command(CurateOptions, "curate", _CONFIG)
+def curate(values: dict[str, Any]) -> None:
+    """Read images, drop duplicates, tag, synthesise, write shards.
+
+    shardmill curate --input photos/ --output shards/
+
+    shardmill curate --input llava.json --image-root images/ --output shards/
+
+    shardmill curate --input photos/ --output shards/ --vlm-base-url http://localhost:8000/v1 --limit 100
+
+    Beam's own options come after `--`:  ... -- --runner=FnApiRunner
+    """
+    options = parse_options(values, values.pop("config", ""))
+    from beam_pipelines.curate_images import curate as run_curate
+
+    snapshot = run_curate(options, _beam_args)
+    if snapshot is None:
+        _say("dry run: nothing written")
+        return
+    from beam_pipelines.report import funnel_text
+
+    _say(funnel_text(snapshot.manifest))
+    _say(f"snapshot {snapshot.id[:12]} in {options.output}")
+    _say(
+        f"next: shardmill report {options.output}   or   shardmill train --data {options.output} --output model/"
+    )
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def train(context: typer.Context) -> None:
+    """Train a small vision-language model on a run's shards. See `shardmill train --help`.
+
+    shardmill train --data shards/ --output model/ --max-steps 30 --lm tiny
+    """
+    done = subprocess.run([sys.executable, "-m", "training.train", *context.args])
+    raise typer.Exit(done.returncode if done.returncode >= 0 else 128 - done.returncode)
+
+
+@app.command()
+def report(
+    path: Annotated[str, typer.Argument(metavar="OUT", help="A run's folder, or OUT@ID.")],
+    output: Annotated[str, typer.Option(help="HTML file. Default: OUT/report.html.")] = "",
+) -> None:
+    """Write one self-contained HTML page: funnels, duplicates, tags, conversations, dead letters.
+
+    shardmill report shards/
+    """
+    from beam_pipelines.report import write_report
+
+    written = write_report(path, output)
+    _say(f"report: {written}")
+    _say("next: open it in a browser; every image's fate is in the decisions table it names")
+
+
+@app.command()
+def explain(
+    path: Annotated[str, typer.Argument(metavar="OUT", help="A run's folder, or OUT@ID.")],
+    what: Annotated[
+        str, typer.Argument(metavar="NAME_OR_ID", help="An image's name, or the start of an id.")
+    ],
+) -> None:
+    """Say what became of an image or sample, and why.
+
+    shardmill explain shards/ cat.jpg
+    """
+    from beam_pipelines.report import explain_text
+    from shards.snapshot import open_snapshot
+
+    _say(explain_text(open_snapshot(path), what))
+
+
+@app.command()
+def verify(path: Annotated[str, typer.Argument(metavar="OUT", help="A run's folder, or OUT@ID.")]) -> None:
+    """Check every file of a snapshot: there, whole, with the records the manifest counts.
+
+    shardmill verify shards/
+    """
+    from shards.snapshot import open_snapshot
+    from shards.verify import verify_snapshot
+
+    snapshot = open_snapshot(path)
+    faults = verify_snapshot(snapshot)
+    for fault in faults:
+        _say(str(fault))
+    if faults:
+        raise ShardmillError(
+            f"{path}: {len(faults)} faults; run `shardmill curate` again with the same options to mend"
+        )
+    _say(f"{path}: snapshot {snapshot.id[:12]} is whole: {len(snapshot.manifest.files())} files")
+
+
+@app.command()
+def export(
+    path: Annotated[str, typer.Argument(metavar="OUT", help="A run's folder, or OUT@ID.")],
+    output: Annotated[str, typer.Option(help="New folder for the export.")],
+    format: Annotated[str, typer.Option(help="hf or joined-tfrecord.")] = "hf",
+) -> None:
+    """Join samples and images for other trainers.
+
+    shardmill export shards/ --format hf --output export/
+    """
+    from shards.export import export_snapshot
+    from shards.snapshot import open_snapshot
+
+    written = export_snapshot(open_snapshot(path), format, Path(output).expanduser())
+    _say(f"{written.num_records} samples in {output}")
+    _say(f"next: {written.how_to_load}")
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine: versions, weights, devices, folders."""
+    from beam_pipelines.doctor import diagnose
+
+    checks = diagnose()
+    for check in checks:
+        _say(
+            f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.found}{'' if check.ok else '; ' + check.advice}"
+        )
+    if not all(check.ok for check in checks):
+        raise ShardmillError("this machine is not ready")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run a command line, give its exit code. What was asked wrongly is one line on standard error."""
+    command_line = list(argv)
+    if "--" in command_line:
+        split = command_line.index("--")
+        _beam_args[:] = command_line[split + 1 :]
+        command_line = command_line[:split]
+    else:
+        _beam_args.clear()
+    name = "shardmill" if not command_line else f"shardmill {command_line[0]}"
+    try:
+        code = typer.main.get_command(app)(command_line, prog_name="shardmill", standalone_mode=False)
+        if code == INTERRUPTED:  # click's own answer to Ctrl-C
+            raise KeyboardInterrupt
+        return code if isinstance(code, int) else DONE
+    except BadRequest as error:
+        return _fail(name, error, BAD_REQUEST)
+    except ShardmillError as error:
+        if error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
+        return _fail(name, error, FAILED)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail(name, "interrupted; what stood before still stands", INTERRUPTED)
+    except UsageError as error:
+        message = error.format_message()
+        return _fail(name, message, BAD_REQUEST) if message else BAD_REQUEST  # no message: help was shown
+
+
+def _fail(name: str, error: object, code: int) -> int:
+    print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def main() -> None:
+    """Entry point of the `shardmill` script."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

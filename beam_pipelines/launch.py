@@ -1,0 +1,161 @@
+"""Starting a pipeline: Beam's options checked, progress shown on this machine, a clean end whatever happens."""
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import apache_beam as beam
+import psutil
+from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions, _BeamArgumentParser
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from shards.errors import BadRequest, RunFailed, ShardmillError
+from transforms.progress import counts
+
+LOCAL_RUNNERS = ("FnApiRunner", "DirectRunner", "BundleBasedDirectRunner")
+_PLAIN_EVERY_S = 10.0
+_OWN_ERROR = re.compile(
+    r"^(?:shards\.errors\.)?(?:RunFailed|CommitConflict|CorruptShard|BadRequest): (.*)$", re.MULTILINE
+)
+
+
+def beam_options(beam_args: Sequence[str], workers: int) -> PipelineOptions:
+    """Beam's options: those after `--`, on FnApiRunner unless they name another runner.
+
+    Raises BadRequest for one that Beam does not know, which Beam itself would drop with a warning.
+    """
+    arguments = list(beam_args)
+    if not any(argument.split("=")[0] == "--runner" for argument in arguments):
+        arguments += ["--runner=FnApiRunner"]
+        if workers > 1:
+            arguments += ["--direct_running_mode=multi_processing", f"--direct_num_workers={workers}"]
+    parser = _BeamArgumentParser(allow_abbrev=False)
+    for group in PipelineOptions.__subclasses__():
+        with contextlib.suppress(Exception):  # argparse's clash of one option defined by two groups
+            group._add_argparse_args(parser)
+    _, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise BadRequest(f"{unknown[0]}: not an option of Beam; Shardmill's own come before `--`")
+    return PipelineOptions(arguments)
+
+
+def is_local(options: PipelineOptions) -> bool:
+    """Whether the job runs on this machine, so that its progress can be followed through files."""
+    return str(options.view_as(StandardOptions).runner).rsplit(".", 1)[-1] in LOCAL_RUNNERS
+
+
+def run_pipeline(
+    construct: Callable[[beam.Pipeline], Any], options: PipelineOptions, on_interrupt: Callable[[], None]
+) -> None:
+    """Construct a pipeline, run it and wait.
+
+    Ctrl-C and SIGTERM end the process here and now with exit code 130, after `on_interrupt`, and its worker processes with it: a
+    KeyboardInterrupt would surface inside some stage, where Beam turns it into a failed bundle. Raises RunFailed where a stage
+    raised.
+    """
+    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # what ends a run is raised, and printed once
+    with _interruptible(on_interrupt):
+        pipeline = beam.Pipeline(options=options)
+        construct(pipeline)
+        try:
+            pipeline.run().wait_until_finish()
+        except ShardmillError as error:
+            raise RunFailed(str(error).split(" [while running")[0]) from None
+        except RuntimeError as error:  # Beam's wrapping of whatever a stage raised, as text
+            own = _OWN_ERROR.search(str(error))
+            if own:
+                raise RunFailed(own[1].split(" [while running")[0]) from None
+            raise RunFailed(str(error).strip().splitlines()[-1]) from error
+
+
+@contextlib.contextmanager
+def _interruptible(on_interrupt: Callable[[], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        screen = os.dup(2)
+        # Threads that lose their worker processes say so at length.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        on_interrupt()
+        os.write(screen, b"\ninterrupted; what stood before still stands\n")
+        os._exit(130)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class ProgressReport:
+    """Shows how much of each activity is done, from the counts that workers leave in a folder.
+
+    Bars on a terminal, a line every ten seconds elsewhere; nothing where `folder` is empty. `totals` may be None where unknown.
+    """
+
+    def __init__(self, console: Console, folder: str, totals: Mapping[str, int | None]) -> None:
+        self._console, self._folder, self._totals = console, folder, totals
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def _follow(self) -> None:
+        if self._console.is_terminal:
+            self._show_bars()
+            return
+        started = time.monotonic()
+        while not self._stop.wait(_PLAIN_EVERY_S):
+            done = ", ".join(
+                f"{name} {count}" + (f" of {self._totals[name]}" if self._totals.get(name) else "")
+                for name, count in counts(self._folder).items()
+            )
+            if done:
+                self._console.print(f"{time.monotonic() - started:.0f} s: {done}", highlight=False)
+
+    def _show_bars(self) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._console, transient=True) as progress:
+            tasks = {}
+            while not self._stop.wait(0.3):
+                for name, count in counts(self._folder).items():
+                    if name not in tasks:
+                        tasks[name] = progress.add_task(name, total=self._totals.get(name))
+                    progress.update(tasks[name], completed=count)
+
+    def __enter__(self) -> Self:
+        if self._folder:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()

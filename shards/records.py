@@ -1,0 +1,245 @@
+"""The records that flow between stages: one NamedTuple per stage, identity by content.
+
+Ids are 32 raw bytes (`sha256`) in flight and lower-case hex in Parquet and JSON. Encoded image bytes are in none of them:
+a record carries a `MediaRef`, and whoever needs the bytes reads them again and checks the hash.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+Fate = Literal["kept", "duplicate", "filtered", "dead"]
+Unit = Literal["image", "sample"]
+FATES: tuple[Fate, ...] = ("kept", "duplicate", "filtered", "dead")
+
+
+class Origin(NamedTuple):
+    """Where a source names an image or a sample. Tuple order is the order of preference between references.
+
+    `priority` 0 is the first `--input`. `name` is relative to the source. `offset` tells apart what one name holds:
+    the record number in a JSON file, 0 for a plain image file.
+    """
+
+    priority: int
+    source: str
+    name: str
+    offset: int
+
+
+class MediaRef(NamedTuple):
+    """Where encoded bytes can be read: `length` bytes from `offset` of `uri`; length -1 is the whole file."""
+
+    uri: str
+    offset: int
+    length: int
+
+
+class Geometry(NamedTuple):
+    """How an image becomes a model's input of `size` x `size` pixels.
+
+    `crop_mode` `center`: shorter side to `size / crop_pct`, then the central square. `squash`: both sides to `size`.
+    """
+
+    size: int
+    crop_pct: float
+    interpolation: str
+    crop_mode: str
+
+
+class SourceImage(NamedTuple):
+    """One reference to an image, as a source names it."""
+
+    origin: Origin
+    ref: MediaRef
+
+
+class Turn(NamedTuple):
+    """One turn of a conversation. `speaker` is `human`, `gpt` or `system`, as in LLaVA's `from`."""
+
+    speaker: str
+    value: str
+
+
+class SourceSample(NamedTuple):
+    """A sample as read: 0..n images in order and the conversation, unchanged. `extra_json` holds the other fields."""
+
+    origin: Origin
+    images: Sequence[SourceImage]
+    conversation: Sequence[Turn]
+    license: str
+    extra_json: str
+
+
+class ImageFacts(NamedTuple):
+    """What decoding says of an image, whatever the encoder.
+
+    `width` and `height` in pixels after EXIF orientation; `pixel_hash` sha256 of the decoded RGB pixels; `phash` the 64-bit
+    perceptual hash (8 bytes); `structure` the 1,024-bit one (128 bytes), which tells copies from look-alikes.
+    """
+
+    width: int
+    height: int
+    num_bytes: int
+    format: str
+    pixel_hash: bytes
+    phash: bytes
+    structure: bytes
+
+
+class EmbeddedImage(NamedTuple):
+    """One reference, read, decoded and embedded.
+
+    `embedding` is little-endian float16 (D,), centred and L2-normalised; `scores` little-endian float16 (C,), softmax over the
+    encoder's classes in [0, 1], empty for an encoder without a classifier. `encoder` is the encoder's fingerprint.
+    """
+
+    image_id: bytes
+    source_image: SourceImage
+    facts: ImageFacts
+    embedding: bytes
+    scores: bytes
+    encoder: str
+
+
+class Verdict(NamedTuple):
+    """What near-duplicate detection says of an image: kept (`keeper_id` is its own id) or a duplicate of a kept one.
+
+    `code` is the signal that proposed the pair: `near_cosine` (`score` and `threshold` are cosine similarities) or `near_phash`
+    (differing bits of 64). `structure_distance` counts differing bits of 1,024.
+    """
+
+    image_id: bytes
+    keeper_id: bytes
+    code: str
+    score: float
+    threshold: float
+    structure_distance: int
+    same_pixels: bool
+
+
+class Tag(NamedTuple):
+    """A tag and its score in thousandths: integers, so that sums do not depend on their order."""
+
+    name: str
+    score_milli: int
+
+
+class TaggedImage(NamedTuple):
+    """An image with its tags, best first."""
+
+    image_id: bytes
+    source_image: SourceImage
+    tags: Sequence[Tag]
+
+
+class ImageFate(NamedTuple):
+    """What became of one reference, as samples need to know it.
+
+    `keeper_id` is the image that stands for it: its own for a kept one, empty for a dead one. `code` says why it is not kept.
+    """
+
+    fate: str
+    code: str
+    image_id: bytes
+    keeper_id: bytes
+    same_pixels: bool
+    tags: Sequence[Tag]
+
+
+class NamedImage(NamedTuple):
+    """A kept image that at least one surviving sample names, with the caption one of them gives it, if any."""
+
+    image_id: bytes
+    source_image: SourceImage
+    tags: Sequence[Tag]
+    caption: str
+
+
+class PlannedImage(NamedTuple):
+    """A kept image, the instruction type chosen for it, and the tags that argued for it."""
+
+    image_id: bytes
+    source_image: SourceImage
+    tags: Sequence[Tag]
+    caption: str
+    instruction_type: str
+    argued_by: Sequence[str]
+    score_milli: int
+
+
+class Call(NamedTuple):
+    """One call to a VLM: which prompt (`name/version@sha256`), the rendered text, and the raw answer."""
+
+    prompt_id: str
+    prompt: str
+    answer: str
+
+
+class Provenance(NamedTuple):
+    """How a sample came to be. `generator`: `source` (as read), `vlm` (saw the image), `text-only` (saw tags and caption).
+
+    `argued_by` are the tags that argued for `instruction_type`.
+    """
+
+    generator: str
+    model: str
+    instruction_type: str
+    argued_by: Sequence[str]
+    calls: Sequence[Call]
+
+
+FROM_SOURCE = Provenance("source", "", "", (), ())
+
+
+class Sample(NamedTuple):
+    """A training sample: images in order and a conversation. `from_ids` are the ids of the source samples it stands for."""
+
+    sample_id: bytes
+    image_ids: Sequence[bytes]
+    conversation: Sequence[Turn]
+    tags: Sequence[Tag]
+    origin: Origin
+    from_ids: Sequence[bytes]
+    license: str
+    extra_json: str
+    provenance: Provenance
+
+
+class Decision(NamedTuple):
+    """The fate of one input reference (`unit` image) or one input sample, and why. Exactly one row each.
+
+    `id` is empty where the content was never read. `score`, `threshold` and `other_id` say what decided, where something did.
+    """
+
+    unit: str
+    fate: str
+    id: bytes
+    stage: str
+    code: str
+    source: str
+    name: str
+    offset: int
+    score: float | None = None
+    threshold: float | None = None
+    other_id: bytes = b""
+
+
+class DeadLetter(NamedTuple):
+    """Something that failed, where and why. `message` goes to metrics, never into a snapshot."""
+
+    id: bytes
+    stage: str
+    code: str
+    source: str
+    name: str
+    offset: int
+    message: str
+
+
+class ShardFile(NamedTuple):
+    """A file of a snapshot: path relative to the output folder, sha256 in hex, sizes in bytes and records."""
+
+    kind: str
+    path: str
+    sha256: str
+    num_bytes: int
+    num_records: int

@@ -1,0 +1,56 @@
+"""TFRecord framing, written and checked by us: the bytes TensorFlow writes, without TensorFlow.
+
+Source of the format: tensorflow/core/lib/io/record_writer.h. A record is its length (uint64, little-endian), the masked CRC32C
+of those 8 bytes, the data, and the masked CRC32C of the data.
+"""
+
+import struct
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import google_crc32c
+
+from shards.errors import CorruptShard
+
+HEADER_BYTES = 12
+FRAME_BYTES = 16
+_MASK_DELTA = 0xA282EAD8
+
+
+def _masked_crc(data: bytes | memoryview) -> int:
+    crc: int = google_crc32c.value(bytes(data))
+    return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
+
+
+def frame(data: bytes) -> tuple[bytes, bytes]:
+    """Header (12 bytes) and footer (4 bytes) that surround `data` in a TFRecord file."""
+    length = struct.pack("<Q", len(data))
+    return length + struct.pack("<I", _masked_crc(length)), struct.pack("<I", _masked_crc(data))
+
+
+def unframe(framed: bytes | memoryview, path: str, record: int | None = None) -> bytes:
+    """The data of one framed record. Raises CorruptShard where a length or checksum does not fit."""
+    if len(framed) < FRAME_BYTES:
+        raise CorruptShard(path, f"record cut short at {len(framed)} bytes", record)
+    length, length_crc = struct.unpack_from("<QI", framed)
+    if _masked_crc(framed[:8]) != length_crc:
+        raise CorruptShard(path, "length checksum differs", record)
+    if len(framed) != length + FRAME_BYTES:
+        raise CorruptShard(path, f"record of {length} bytes, {len(framed) - FRAME_BYTES} there", record)
+    data = bytes(framed[HEADER_BYTES:-4])
+    if _masked_crc(data) != struct.unpack_from("<I", framed, length + HEADER_BYTES)[0]:
+        raise CorruptShard(path, "data checksum differs", record)
+    return data
+
+
+def read_records(stream: BinaryIO, path: str) -> Iterator[bytes]:
+    """Records of a TFRecord stream in order, each checked. Raises CorruptShard, naming the record."""
+    record = 0
+    while header := stream.read(HEADER_BYTES):
+        if len(header) < HEADER_BYTES:
+            raise CorruptShard(path, "header cut short", record)
+        length, length_crc = struct.unpack("<QI", header)
+        if _masked_crc(header[:8]) != length_crc:
+            raise CorruptShard(path, "length checksum differs", record)
+        yield unframe(header + stream.read(length + 4), path, record)
+        record += 1

@@ -1,0 +1,378 @@
+"""The main job on real files: every input has one fate, and the same input gives the same bytes."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from beam_pipelines.curate_images import curate
+from beam_pipelines.options import parse_options
+from beam_pipelines.planting import BROKEN, CHANGES, flatten, invoice, png
+from shards.errors import BadRequest
+from shards.ids import image_id_of
+from shards.media import read_pack
+from shards.snapshot import Snapshot, open_snapshot
+from shards.verify import verify_snapshot
+
+CHANGED = ("jpeg30", "half", "grey", "crop50")
+
+
+def run(inputs: list[str], out: Path, *beam_args: str, **options: object) -> Snapshot:
+    values = {"input": inputs, "output": str(out), **options}
+    snapshot = curate(parse_options(values), beam_args)
+    assert snapshot is not None
+    return snapshot
+
+
+def odd_images() -> dict[str, bytes]:
+    """The kinds of file that real folders hold."""
+    noise = np.random.default_rng(3).integers(0, 256, (64, 80, 3), np.uint8)
+    picture = Image.fromarray(noise).resize((400, 320), Image.Resampling.BICUBIC)
+
+    def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+        sink = io.BytesIO()
+        image.save(sink, kind, **options)
+        return sink.getvalue()
+
+    turned = [picture.rotate(angle, expand=True) for angle in (90, 180)]
+    ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    return {
+        "cmyk.jpg": saved(Image.fromarray(noise[::-1]).convert("CMYK"), "JPEG"),
+        "animated.gif": saved(turned[0], "GIF", save_all=True, append_images=[turned[1]]),
+        "sixteen.png": saved(Image.fromarray(ramp), "PNG"),
+        "alpha.png": saved(picture.convert("RGBA").rotate(45), "PNG"),
+        "really-a-png.jpg": saved(picture, "PNG"),
+        "caf\udce9.png": saved(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT), "PNG"),
+        "line\nbreak.png": saved(
+            Image.fromarray(noise[::2, ::4]).resize((200, 300), Image.Resampling.BICUBIC), "PNG"
+        ),
+        "tiny.png": saved(Image.new("RGB", (1, 1), "blue"), "PNG"),
+        "strip.png": saved(Image.fromarray(ramp[:1, :20].astype(np.uint8) * 12).resize((20000, 1)), "PNG"),
+    }
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory, corpus: list[Path]) -> list[str]:
+    """Captioned originals as LLaVA JSON, and a folder of copies, equal bytes, look-alikes, odd and broken files."""
+    root = tmp_path_factory.mktemp("inputs")
+    originals, folder = root / "originals", root / "folder"
+    originals.mkdir()
+    folder.mkdir()
+    records = []
+    for path in corpus[::30][:8]:
+        (originals / path.name).write_bytes(path.read_bytes())
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": path.stem}]
+        records.append({"id": path.stem, "image": path.name, "conversations": turns})
+    first, second = corpus[0].name, corpus[30].name
+    pair = [{"from": "human", "value": "<image><image>\nCompare."}, {"from": "gpt", "value": "They differ."}]
+    records += [
+        {"image": [first, second, first], "conversations": pair},
+        {"image": [first, "missing.png"], "conversations": pair},
+        {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
+        dict(records[0], id="said again"),
+        {"image": 5},
+    ]
+    (originals / "llava.json").write_text(json.dumps(records))
+    picture = flatten(Image.open(corpus[0]))
+    for name in CHANGED:
+        (folder / f"{name}.img").write_bytes(CHANGES[name](picture))
+    (folder / "same.png").write_bytes(corpus[0].read_bytes())
+    (folder / "repacked.png").write_bytes(png(picture))
+    for index in range(3):
+        (folder / f"invoice{index}.png").write_bytes(png(invoice(index, 5)))
+    for name, data in odd_images().items():
+        (folder / name).write_bytes(data)
+    for name, make in BROKEN.items():
+        (folder / f"broken-{name}.png").write_bytes(make())
+    (folder / "unreadable.png").symlink_to(folder / "nowhere")
+    return [f"llava={originals / 'llava.json'}", f"folder={folder}"]
+
+
+@pytest.fixture(scope="module")
+def snapshot(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
+    return run(inputs, tmp_path_factory.mktemp("run") / "out")
+
+
+def fates(snapshot: Snapshot, unit: str, source: str) -> dict[str, tuple[str, str]]:
+    return {
+        f"{row['name']}" + (f"#{row['offset']}" if unit == "sample" else ""): (row["fate"], row["code"])
+        for row in snapshot.table("decisions").to_pylist()
+        if row["unit"] == unit and row["source"] == source
+    }
+
+
+def test_every_file_of_the_folder_has_the_fate_it_should(snapshot: Snapshot) -> None:
+    found = fates(snapshot, "image", "folder")
+    near = ("jpeg30.img", "half.img", "grey.img", "repacked.png")
+    assert all(found[name][0] == "duplicate" and found[name][1].startswith("near_") for name in near)
+    assert found["same.png"] == ("duplicate", "same_bytes")
+    kept = {"crop50.img", "invoice0.png", "invoice1.png", "invoice2.png"}
+    odd = {os.fsencode(name).decode("utf-8", "backslashreplace") for name in odd_images()}
+    # A pixel and a strip have no structure that could tell them from a smooth ramp: perceptual hashes take them for copies.
+    smooth = {"tiny.png", "strip.png"}
+    assert {found.pop(name)[1] for name in smooth} == {"near_phash"}
+    assert {name for name, (fate, _) in found.items() if fate == "kept"} == (kept | odd) - smooth
+    assert found["unreadable.png"] == ("dead", "file_missing")
+    dead = {code for fate, code in found.values() if fate == "dead"}
+    assert dead == {
+        "truncated",
+        "empty_file",
+        "unknown_format",
+        "decode_failed",
+        "too_many_pixels",
+        "file_missing",
+    }
+
+
+def test_samples_follow_their_images(snapshot: Snapshot) -> None:
+    found = fates(snapshot, "sample", "llava")
+    assert [found[f"llava.json#{number}"][0] for number in range(9)] == ["kept"] * 9
+    assert found["llava.json#9"] == ("dead", "image_file_missing")
+    assert found["llava.json#10"] == ("kept", "kept")
+    assert found["llava.json#11"] == ("duplicate", "same_sample")
+    assert found["llava.json#12"] == ("dead", "bad_record")
+    samples = {s.origin: s for s in snapshot.samples()}
+    by_offset = {o.offset: s for o, s in samples.items() if o.source == "llava"}
+    assert len(by_offset[8].image_ids) == 3 and by_offset[8].image_ids[0] == by_offset[8].image_ids[2]
+    assert list(by_offset[10].image_ids) == []
+    assert json.loads(by_offset[0].extra_json)["id"]
+    # The loss-less copy's own, empty sample lives on with the keeper of the same pixels, which the equal-bytes one shares.
+    folder = fates(snapshot, "sample", "folder")
+    assert sorted(folder[f"{n}#0"][1] for n in ("repacked.png", "same.png")) == ["kept", "same_sample"]
+
+
+def test_funnels_media_and_tables_agree(snapshot: Snapshot) -> None:
+    manifest = snapshot.manifest
+    for funnel in manifest.funnels.values():
+        assert funnel.input == funnel.kept + funnel.duplicate + funnel.filtered + funnel.dead
+    named = {image_id for sample in snapshot.samples() for image_id in sample.image_ids}
+    assert set(snapshot.media.image_ids()) == named
+    assert manifest.live_images == len(named) == manifest.funnels["image"].kept
+    assert all(image_id_of(snapshot.media.read(image_id)) == image_id for image_id in named)
+    rows = snapshot.table("decisions").to_pylist()
+    assert len({(r["unit"], r["source"], r["name"], r["offset"]) for r in rows}) == len(rows)
+    dead = {
+        (r["source"], r["name"]) for r in rows if r["fate"] == "dead" and not r["code"].startswith("image_")
+    }
+    assert {(r["source"], r["name"]) for r in snapshot.table("dead").to_pylist()} == dead
+    assert verify_snapshot(snapshot) == []
+    assert not (snapshot.out / ".staging").exists()
+
+
+def test_nothing_of_this_machine_is_in_the_snapshot(snapshot: Snapshot) -> None:
+    root = str(
+        Path(json.loads((snapshot.out / "metrics.json").read_text())["sources"][0]["root"]).parent
+    ).encode()
+    files = [*snapshot.manifest.files()]
+    manifest = (snapshot.out / "snapshots" / snapshot.id / "manifest.json").read_bytes()
+    for data in [manifest, *((snapshot.out / file.path).read_bytes() for file in files)]:
+        assert root not in data
+
+
+def digest(snapshot: Snapshot) -> list[tuple[str, str]]:
+    return [(file.path, file.sha256) for file in snapshot.manifest.files()]
+
+
+def shuffled_copy(inputs: list[str], to: Path) -> list[str]:
+    """The same sources elsewhere, written in another order."""
+    moved = []
+    for text in inputs:
+        name, path = text.split("=", 1)
+        source = Path(path) if Path(path).is_dir() else Path(path).parent
+        target = to / name
+        target.mkdir(parents=True)
+        for file in sorted(source.iterdir(), key=lambda f: image_id_of(os.fsencode(f.name))):
+            if file.is_symlink():
+                (target / file.name).symlink_to(to / "nowhere")
+            else:
+                (target / file.name).write_bytes(file.read_bytes())
+        moved.append(f"{name}={target if Path(path).is_dir() else target / Path(path).name}")
+    return moved
+
+
+MODES = {
+    "again": [],
+    "multi_threading": [
+        "--runner=FnApiRunner",
+        "--direct_running_mode=multi_threading",
+        "--direct_num_workers=2",
+    ],
+    "bundle_based": ["--runner=BundleBasedDirectRunner"],
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_same_input_gives_the_same_bytes(
+    inputs: list[str], snapshot: Snapshot, tmp_path: Path, mode: str
+) -> None:
+    again = run(shuffled_copy(inputs, tmp_path / "in"), tmp_path / "out", *MODES[mode])
+    assert again.id == snapshot.id
+    assert digest(again) == digest(snapshot)
+
+
+def shardmill(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "beam_pipelines.curate_images", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=300
+    )
+
+
+def test_a_missing_image_can_fail_the_run(inputs: list[str], tmp_path: Path) -> None:
+    flags = [text for path in inputs for text in ("--input", path)]
+    done = shardmill(*flags, "--output", str(tmp_path / "out"), "--on-missing-image", "fail")
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("shardmill curate: ")]
+    assert "llava.json: an image is dead (file_missing); --on-missing-image is fail" in line
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "CURRENT").exists() and not (tmp_path / "out" / ".staging").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--workers", "2"], ["--", "--runner", "DirectRunner"]])
+def test_worker_processes_and_another_hash_seed_give_the_same_bytes(
+    inputs: list[str], snapshot: Snapshot, tmp_path: Path, arguments: list[str]
+) -> None:
+    flags = [text for path in inputs for text in ("--input", path)]
+    done = shardmill(*flags, "--output", str(tmp_path / "out"), *arguments, PYTHONHASHSEED="17")
+    assert done.returncode == 0, done.stderr
+    again = open_snapshot(str(tmp_path / "out"))
+    assert (again.id, digest(again)) == (snapshot.id, digest(snapshot))
+    assert "Traceback" not in done.stderr
+    assert "next: shardmill report" in done.stdout
+
+
+def test_small_shards_hold_the_same_images(inputs: list[str], snapshot: Snapshot, tmp_path: Path) -> None:
+    small = run(inputs, tmp_path / "out", max_shard_size="60KB")
+    assert len(small.manifest.media) > 3 and len(small.manifest.samples) > 1
+    packed = [pair for pack in small.manifest.media for pair in read_pack(small.out / pack.path)]
+    whole = [pair for pack in snapshot.manifest.media for pair in read_pack(snapshot.out / pack.path)]
+    assert sorted(packed) == sorted(whole)
+    assert sorted(s.sample_id for s in small.samples()) == sorted(s.sample_id for s in snapshot.samples())
+    for pack in small.manifest.media:
+        assert pack.num_bytes <= 61_000 or pack.num_records == 1
+
+
+def test_an_empty_folder_gives_a_valid_empty_snapshot(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    empty = run([str(tmp_path / "in")], tmp_path / "out")
+    assert empty.manifest.funnels["image"] == empty.manifest.funnels["sample"] == (0, 0, 0, 0, 0)
+    assert list(empty.samples()) == [] and verify_snapshot(empty) == []
+    assert empty.table("decisions").num_rows == 0
+
+
+def test_a_second_run_replaces_the_first_and_both_can_be_opened(
+    inputs: list[str], snapshot: Snapshot, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    first = run(inputs[1:], out)
+    second = run(inputs[1:], out, dedup_mode="exact")
+    assert first.id != second.id
+    assert open_snapshot(str(out)).id == second.id
+    assert open_snapshot(f"{out}@{first.id[:10]}").id == first.id
+    assert verify_snapshot(open_snapshot(f"{out}@{first.id}")) == []
+    assert run(inputs[1:], out).id == first.id
+    with pytest.raises(BadRequest, match="match 'ffff'"):
+        open_snapshot(f"{out}@ffff")
+
+
+def test_dry_run_writes_nothing(inputs: list[str], tmp_path: Path) -> None:
+    assert curate(parse_options({"input": inputs, "output": str(tmp_path / "out"), "dry_run": True})) is None
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", "{in}", "--vlm-modle", "x"], "--vlm-model"),
+        (["--input", "{in}x"], "did you mean {in}?"),
+        (["--input", "{in}/*.tif"], "matches no file"),
+        (["--input", "{in}", "--encoder", "tf_efficientnet_lit0"], "did you mean tf_efficientnet_lite0?"),
+        (["--input", "{in}", "--output", "{in}/out"], "lies inside --input"),
+        (["--input", "{in}", "--output", "{in}/a.png/out"], "is a file"),
+        (["--input", "{in}", "--output", "/proc/out"], "/proc"),
+        (["--input", "{in}", "--cosine", "7"], "--cosine '7': input should be less than or equal to 1"),
+        (["--input", "{in}", "--limit", "many"], "--limit 'many'"),
+        (["--input", "{in}", "--config", "{in}/none.yaml"], "--config"),
+        (["--input", "{in}", "--device", "cuda:7"], "cannot be had here"),
+        (["--input", "{in}", "--vlm-base-url", "http://127.0.0.1:9"], "127.0.0.1:9"),
+        (["--input", "{in}", "--", "--direct_num_wrokers=2"], "not an option of Beam"),
+        (["--input", "{in}/d.json", "--image-root", "{in}"], "none of the first images"),
+        ([], "--input is missing"),
+    ],
+)
+def test_bad_requests_are_one_line_and_write_nothing(
+    tmp_path: Path, arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from beam_pipelines.curate_images import main
+
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(png(Image.new("RGB", (9, 9))))
+    (folder / "d.json").write_text('[{"image": "x.png"}]')
+    before = sorted(tmp_path.rglob("*"))
+    filled = [text.replace("{in}", str(folder)) for text in arguments]
+    if "--output" not in filled:
+        filled = ["--output", str(tmp_path / "out"), *filled]
+    assert main(filled) == 2
+    _, errors = capfd.readouterr()
+    assert message.replace("{in}", str(folder)) in errors
+    assert len(errors.strip().splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_options_from_yaml_are_overridden_by_flags(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("input: photos\noutput: o\ncosine: 0.9\nmax-shard-size: 1MB\n")
+    options = parse_options({"cosine": "0.95"}, str(config))
+    assert (options.input, options.cosine, options.max_shard_size) == (["photos"], 0.95, 1_000_000)
+    config.write_text("cosin: 0.9\n")
+    with pytest.raises(BadRequest, match="no such option cosin; did you mean cosine"):
+        parse_options({"input": ["x"], "output": "o"}, str(config))
+
+
+def test_paths_runners_and_workers_do_not_count_as_content() -> None:
+    base = {"input": ["a"], "output": "o"}
+    ids = parse_options(base).affecting_bytes()
+    same = parse_options({"input": ["b"], "output": "p", "workers": 4, "device": "cuda", "vlm_timeout_s": 3})
+    assert same.affecting_bytes() == ids
+    assert parse_options({**base, "cosine": 0.9}).affecting_bytes() != ids
+    assert not [name for name in ids if "vlm" in name]
+    assert "vlm_max_pixels" in parse_options({**base, "vlm_base_url": "http://x"}).affecting_bytes()
+
+
+@pytest.mark.parametrize("mode", [[], ["--workers", "2"]])
+def test_an_interrupted_run_leaves_no_process_and_no_trace(
+    tmp_path: Path, corpus: list[Path], mode: list[str]
+) -> None:
+    command = [sys.executable, "-m", "beam_pipelines.curate_images", "--input", str(corpus[0].parent)]
+    out = tmp_path / "out"
+    child = subprocess.Popen(
+        [*command, "--output", str(out), *mode], stderr=subprocess.PIPE, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(out.glob(".staging/*/progress/*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 130, errors.decode()
+    assert b"interrupted" in errors and b"Traceback" not in errors
+    time.sleep(1)
+    left = [pid for pid in os.listdir("/proc") if pid.isdigit() and _session_of(int(pid)) == child.pid]
+    assert left == []
+    assert not (out / ".staging").exists() and not (out / "CURRENT").exists()
+
+
+def _session_of(pid: int) -> int:
+    """The session of a live process; -1 for one that is gone or only waits to be reaped."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return -1 if state == "Z" else os.getsid(pid)
+    except (ProcessLookupError, FileNotFoundError):
+        return -1

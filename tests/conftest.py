@@ -1,0 +1,14 @@
+"""What several rooms' tests share: real images, and a small real run."""
+
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+IMAGES = REPOSITORY / "examples" / "images"
+
+
+@pytest.fixture(scope="session")
+def corpus() -> list[Path]:
+    """The committed example images, sorted by name."""
+    return sorted(IMAGES.iterdir())

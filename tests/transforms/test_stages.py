@@ -1,0 +1,363 @@
+"""Each stage's plain functions, one small pipeline a stage, and that every PTransform can be pickled."""
+
+import io
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import pytest
+from apache_beam.testing.util import assert_that, equal_to
+from PIL import Image
+
+from embeddings.duplicates import DuplicateRule
+from embeddings.encoder import EncoderSpec, load_encoder
+from images.decode import Limits
+from shards.errors import RunFailed
+from shards.ids import image_id_of, sample_id_of
+from shards.records import (
+    EmbeddedImage,
+    ImageFacts,
+    ImageFate,
+    MediaRef,
+    NamedImage,
+    Origin,
+    SourceImage,
+    SourceSample,
+    Tag,
+    TaggedImage,
+    Turn,
+    Verdict,
+)
+from shards.snapshot import Destination
+from transforms.deduplicate import CollapseSameBytes, FindNearDuplicates, choose_reference
+from transforms.embed import DistinctReferences, EmbedImages
+from transforms.read import ReadSamples, Source, Unreadable, read_samples, sampling_key
+from transforms.resolve import ResolveSamples, caption_of, collapse_equal, resolve_sample
+from transforms.settle import SettleSamples
+from transforms.tag import TagImages, tags_of
+from transforms.write import num_shards_for, write_media
+
+
+def png(colour: tuple[int, int, int], size: tuple[int, int] = (8, 8)) -> bytes:
+    sink = io.BytesIO()
+    Image.new("RGB", size, colour).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def source_image(name: str, priority: int = 0, uri: str = "", length: int = -1) -> SourceImage:
+    return SourceImage(Origin(priority, f"s{priority}", name, 0), MediaRef(uri or name, 0, length))
+
+
+def sample_of(names: list[str], turns: list[Turn] | None = None, number: int = 0) -> SourceSample:
+    return SourceSample(
+        Origin(0, "s0", "file", number), [source_image(n) for n in names], turns or [], "", "{}"
+    )
+
+
+def fate(name: str, **changes: Any) -> ImageFate:
+    image_id = image_id_of(name.encode())
+    return ImageFate("kept", "kept", image_id, image_id, False, [])._replace(**changes)
+
+
+# Read.
+
+
+def test_a_folder_is_listed_without_what_lies_beside_images(tmp_path: Path) -> None:
+    for name in ("b.jpg", "sub/a.PNG", "noext", "notes.txt", ".hidden/x.jpg", ".dot.jpg", "data.JSON"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    names = [s.origin.name for s in read_samples(Source(0, "in", str(tmp_path), "files", str(tmp_path)))]
+    assert names == ["b.jpg", "noext", "sub/a.PNG"]
+    globbed = [
+        s.origin.name
+        for s in read_samples(Source(0, "in", f"{tmp_path}/**/*.[jJP]*", "files", str(tmp_path)))
+    ]
+    assert globbed == ["b.jpg", "data.JSON", "sub/a.PNG"]
+    assert [
+        s.origin.name for s in read_samples(Source(0, "in", f"{tmp_path}/b.jpg", "files", str(tmp_path)))
+    ] == ["b.jpg"]
+
+
+RECORDS: list[Any] = [
+    {
+        "id": 7,
+        "image": "a.jpg",
+        "conversations": [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "é"}],
+    },
+    {"image": ["a.jpg", "d/b.jpg"], "conversations": [], "license": "CC0-1.0"},
+    {"conversations": [{"from": "human", "value": "text only"}]},
+    {"image": "../../etc/passwd"},
+    {"image": "/etc/passwd"},
+    {"image": 3},
+    {"image": "a.jpg", "conversations": [{"from": "human"}]},
+    {"image": "a.jpg", "conversations": [{"from": "human", "value": 3}]},
+    {},
+    [1],
+]
+
+
+@pytest.mark.parametrize("lines", [True, False])
+def test_llava_records(tmp_path: Path, lines: bool) -> None:
+    path = tmp_path / "d.json"
+    text = "\n".join(map(json.dumps, RECORDS)) + "\n{cut" if lines else json.dumps(RECORDS)
+    path.write_text(text)
+    read = list(read_samples(Source(2, "in", str(path), "llava", "/root")))
+    samples = [r for r in read if isinstance(r, SourceSample)]
+    codes = [r.error.code for r in read if isinstance(r, Unreadable)]
+    assert codes == ["bad_record"] * 7 + (["bad_json"] if lines else [])
+    first, pair, text_only = samples
+    assert first.origin == Origin(2, "in", "d.json", 0)
+    assert first.images[0] == SourceImage(Origin(2, "in", "a.jpg", 0), MediaRef("/root/a.jpg", 0, -1))
+    assert first.conversation == [Turn("human", "<image>\nq"), Turn("gpt", "é")]
+    assert json.loads(first.extra_json) == {"id": 7}
+    assert [image.origin.name for image in pair.images] == ["a.jpg", "d/b.jpg"]
+    assert pair.license == "CC0-1.0"
+    assert text_only.images == []
+
+
+def test_a_json_that_is_none_is_one_dead_record(tmp_path: Path) -> None:
+    path = tmp_path / "d.json"
+    path.write_text("[{},")
+    (only,) = read_samples(Source(0, "in", str(path), "llava", ""))
+    assert isinstance(only, Unreadable) and only.error.code == "bad_json"
+
+
+def test_a_larger_limit_contains_a_smaller_one(tmp_path: Path) -> None:
+    for number in range(30):
+        (tmp_path / f"{number}.png").touch()
+    source = Source(0, "in", str(tmp_path), "files", str(tmp_path))
+    ranked = sorted(read_samples(source), key=lambda s: sampling_key(5, s.origin))
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        read = pipeline | beam.Create([source]) | ReadSamples(limit=7, seed=5)
+        assert_that(
+            read.main | beam.Map(lambda s: s.origin.name), equal_to([s.origin.name for s in ranked[:7]])
+        )
+
+
+# Embed.
+
+
+def test_references_become_embedded_images_or_dead_letters(tmp_path: Path) -> None:
+    good = {f"{n}.png": png((n * 20, 10, 200)) for n in range(11)}
+    for name, data in {**good, "bad.png": b"nonsense", "empty.png": b""}.items():
+        (tmp_path / name).write_bytes(data)
+    names = [*good, *list(good)[:4], "bad.png", "empty.png", "missing.png"]
+    images = [source_image(name, uri=str(tmp_path / name)) for name in names]
+    encoder = load_encoder(EncoderSpec(batch_size=8))
+    expected = sorted((name, image_id_of(data), len(data)) for name, data in good.items())
+
+    fingerprint = encoder.fingerprint
+
+    def facts(image: EmbeddedImage) -> tuple[str, bytes, int]:
+        assert len(image.embedding) == 2 * 1280 and len(image.scores) == 2000
+        assert image.encoder == fingerprint
+        ref = image.source_image.ref
+        assert ref.length == image.facts.num_bytes
+        return image.source_image.origin.name, image.image_id, ref.length
+
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        embedded = (
+            pipeline
+            | beam.Create(images)
+            | DistinctReferences()
+            | EmbedImages(EncoderSpec(batch_size=8), encoder.geometry, 16, Limits())
+        )
+        assert_that(embedded.main | beam.Map(facts), equal_to(expected), "main")
+        codes = [("bad.png", "unknown_format"), ("empty.png", "empty_file"), ("missing.png", "file_missing")]
+        assert_that(embedded.dead | "d" >> beam.Map(lambda d: (d.name, d.code)), equal_to(codes), "dead")
+        fates = [(*pair, "image", "dead") for pair in codes]
+        rows = embedded.decisions | "r" >> beam.Map(lambda d: (d.name, d.code, d.unit, d.fate))
+        assert_that(rows, equal_to(fates), "fates")
+
+
+# Deduplicate.
+
+
+def embedded(name: str, content: str, priority: int = 0, vector: int = 0, width: int = 8) -> EmbeddedImage:
+    axis = np.zeros(4, "<f2")
+    axis[vector] = 1
+    facts = ImageFacts(
+        width, 8, 9, "PNG", content.encode(), (vector * 0xFFFF).to_bytes(8, "little"), bytes(128)
+    )
+    return EmbeddedImage(
+        image_id_of(content.encode()), source_image(name, priority), facts, axis.tobytes(), b"", "e"
+    )
+
+
+def test_one_reference_stands_for_equal_bytes() -> None:
+    references = [embedded("b", "x", 1), embedded("z", "x", 0), embedded("c", "x", 0)]
+    first, others = choose_reference(references)
+    assert first.source_image.origin.name == "c"
+    assert [o.source_image.origin.name for o in others] == ["z", "b"]
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        images, decisions = pipeline | beam.Create([*references, embedded("o", "y")]) | CollapseSameBytes()
+        assert_that(images | beam.Map(lambda i: i.source_image.origin.name), equal_to(["c", "o"]), "images")
+        rows = decisions | "rows" >> beam.Map(lambda d: (d.name, d.fate, d.code, d.other_id))
+        same = image_id_of(b"x")
+        expected = [(name, "duplicate", "same_bytes", same) for name in ("z", "b")]
+        assert_that(rows, equal_to(expected), "decisions")
+
+
+def test_near_duplicates_meet_in_a_pipeline() -> None:
+    images = [embedded("a", "a", width=9), embedded("b", "b"), embedded("c", "c", vector=1)]
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        verdicts = pipeline | beam.Create(images) | FindNearDuplicates(DuplicateRule())
+        a, c = image_id_of(b"a"), image_id_of(b"c")
+        pairs = verdicts | beam.Map(lambda v: (v.image_id, v.keeper_id))
+        assert_that(pairs, equal_to([(a, a), (image_id_of(b"b"), a), (c, c)]))
+
+
+# Tag.
+
+
+def test_tags_are_the_best_classes() -> None:
+    scores = np.array([0.3, 0.05, 0.3, 0.2, 0.1], "<f2").tobytes()
+    names = ["pear", "low", "apple", "crane", "crane"]
+    assert tags_of(scores, names, 0.09, 9) == [Tag("apple", 300), Tag("pear", 300), Tag("crane", 200)]
+    assert tags_of(scores, names, 0.09, 1) == [Tag("apple", 300)]
+    assert tags_of(b"", [], 0.1, 5) == []
+
+
+# Resolve.
+
+
+def test_samples_live_and_die_with_their_images() -> None:
+    turns = [Turn("human", "q"), Turn("gpt", "a")]
+    sample = sample_of(["a", "b"], turns)
+    a, b = image_id_of(b"a"), image_id_of(b"b")
+    kept = resolve_sample(
+        sample, [fate("a", tags=[Tag("t", 5)]), fate("b", tags=[Tag("t", 9)])], "merge", "drop"
+    )
+    assert (kept.sample_id, list(kept.image_ids)) == (sample_id_of([a, b], turns), [a, b])
+    assert kept.tags == [Tag("t", 9)]
+
+    dead = fate("b", fate="dead", code="truncated", keeper_id=b"")
+    row = resolve_sample(sample, [fate("a"), dead], "merge", "drop")
+    assert (row.unit, row.fate, row.code, row.id) == ("sample", "dead", "image_truncated", kept.sample_id)
+    unread = resolve_sample(sample, [fate("a"), dead._replace(image_id=b"")], "merge", "drop")
+    assert unread.id == b""
+    with pytest.raises(RunFailed, match="truncated"):
+        resolve_sample(sample, [fate("a"), dead], "merge", "fail")
+
+    lost = fate("b", fate="duplicate", keeper_id=a)
+    for rule, same_pixels in (("merge", False), ("drop", True)):
+        row = resolve_sample(sample, [fate("a"), lost._replace(same_pixels=same_pixels)], rule, "drop")
+        assert (row.fate, row.code, row.other_id) == ("duplicate", "image_duplicate", a)
+    merged = resolve_sample(sample, [fate("a"), lost._replace(same_pixels=True)], "merge", "drop")
+    assert list(merged.image_ids) == [a, a]
+    assert list(merged.from_ids) == [kept.sample_id]
+    assert merged.sample_id != kept.sample_id
+
+
+def test_equal_samples_collapse_to_the_first_by_origin() -> None:
+    one, two, three = (
+        resolve_sample(sample_of(["a"], number=n), [fate("a")], "merge", "drop")._replace(
+            from_ids=[bytes([9 - n])]
+        )
+        for n in range(3)
+    )
+    kept, rows = collapse_equal([three, one, two])
+    assert kept.origin.offset == 0
+    assert kept.from_ids == [b"\x07", b"\x08", b"\x09"]
+    assert [(r.offset, r.code, r.other_id) for r in rows] == [
+        (n, "same_sample", kept.sample_id) for n in (1, 2)
+    ]
+
+
+def test_resolving_in_a_pipeline_with_text_only_and_repeated_images() -> None:
+    from transforms.resolve import _place_of
+
+    samples = [
+        sample_of(["a", "b", "a"], [Turn("human", "x")], 0),
+        sample_of([], [Turn("human", "text")], 1),
+        sample_of(["dead"], [], 2),
+    ]
+    fates = {
+        "a": fate("a"),
+        "b": fate("b"),
+        "dead": fate("dead", fate="dead", code="empty_file", keeper_id=b""),
+    }
+    keyed = [(_place_of(source_image(name).origin), one) for name, one in fates.items()]
+    a, b = image_id_of(b"a"), image_id_of(b"b")
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        resolved, rows = {
+            "samples": pipeline | "s" >> beam.Create(samples),
+            "fates": pipeline | "f" >> beam.Create(keyed),
+        } | ResolveSamples()
+        assert_that(resolved | beam.Map(lambda s: list(s.image_ids)), equal_to([[a, b, a], []]), "samples")
+        assert_that(
+            rows | "c" >> beam.Map(lambda d: (d.offset, d.code)), equal_to([(2, "image_empty_file")]), "rows"
+        )
+
+
+def test_caption_is_the_first_answer_about_an_only_image() -> None:
+    turns = [Turn("human", "q"), Turn("gpt", "one"), Turn("gpt", "two")]
+    one, two = (
+        resolve_sample(sample_of(n, turns), [fate(x) for x in n], "merge", "drop")
+        for n in (["a"], ["a", "b"])
+    )
+    assert caption_of(one) == "one"
+    assert caption_of(two) == ""
+
+
+# Write and settle.
+
+
+def test_number_of_shards() -> None:
+    assert [num_shards_for(n, 100) for n in (0, 1, 100, 101, 200, 201, 400, 401)] == [1, 1, 1, 2, 2, 4, 4, 8]
+
+
+def named(folder: Path, data: bytes, name: str) -> NamedImage:
+    (folder / name).write_bytes(data)
+    return NamedImage(image_id_of(data), source_image(name, uri=str(folder / name), length=len(data)), [], "")
+
+
+def test_packs_are_bounded_and_changed_sources_are_void(tmp_path: Path) -> None:
+    images = [named(tmp_path, bytes([n]) * 100, str(n)) for n in range(10)]
+    (tmp_path / "3").write_bytes(b"changed")
+    (tmp_path / "7").unlink()
+    to = Destination(str(tmp_path / "out"), "token")
+    results = list(write_media(0, images[::-1], to, 1000, 250))
+    assert sorted(r.name for r in results if not hasattr(r, "kind")) == ["3", "7"]
+    packs = [r for r in results if getattr(r, "kind", "") == "media"]
+    assert sum(p.num_records for p in packs) == 8
+    assert all(p.num_bytes <= 250 + 2 * 16 for p in packs) and len(packs) >= 4
+    assert results == list(write_media(0, images, to, 1000, 250))
+
+
+def test_samples_of_void_images_die() -> None:
+    good, gone = (
+        resolve_sample(sample_of([n], number=i), [fate(n)], "merge", "drop") for i, n in enumerate("ab")
+    )
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        void = pipeline | "v" >> beam.Create([image_id_of(b"b")])
+        settled = pipeline | beam.Create([good, gone]) | SettleSamples(void)
+        assert_that(settled.main | beam.Map(lambda s: s.sample_id), equal_to([good.sample_id]), "main")
+        fates = settled.decisions | "f" >> beam.Map(lambda d: (d.offset, d.fate, d.code))
+        assert_that(fates, equal_to([(0, "kept", "kept"), (1, "dead", "image_source_changed")]), "fates")
+
+
+def test_transforms_survive_pickling() -> None:
+    geometry = load_encoder(EncoderSpec(batch_size=8)).geometry
+    for transform in (
+        ReadSamples(5, 1),
+        DistinctReferences(),
+        EmbedImages(EncoderSpec(), geometry, 8, Limits()),
+        CollapseSameBytes(),
+        FindNearDuplicates(DuplicateRule()),
+        TagImages(("a",), 0.1, 5),
+        ResolveSamples(),
+    ):
+        again = pickle.loads(pickle.dumps(transform))
+        assert type(again) is type(transform) and again.__dict__ == transform.__dict__
+
+
+def test_records_have_deterministic_coders() -> None:
+    for record in (EmbeddedImage, TaggedImage, Verdict, NamedImage, SourceSample, ImageFate):
+        coder = beam.coders.registry.get_coder(record)
+        assert isinstance(coder, beam.coders.RowCoder)
+        assert coder.is_deterministic()

@@ -1,0 +1,195 @@
+"""Commit: everything that was written -> one snapshot in force. The graph's last DoFn, so that no launcher has to wait."""
+
+import hashlib
+import importlib.metadata
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+from apache_beam.pvalue import AsIter, AsSingleton
+from apache_beam.typehints.decorators import no_annotations
+
+from shards.files import write_atomically
+from shards.records import DeadLetter, Decision, ShardFile
+from shards.snapshot import Destination, Manifest, commit, funnel_of
+
+MESSAGES_PER_CODE = 5
+_VERSIONED = ("shardmill", "apache-beam", "pyarrow", "pillow", "torch", "timm", "numpy")
+
+
+class RunFacts(NamedTuple):
+    """What a run knows before it starts: the snapshot in force then, the options that affect bytes, what metrics.json adds."""
+
+    base: str
+    options: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+
+
+def fate_key(row: Decision) -> str:
+    """`unit/fate/stage/code`: what decisions are counted by."""
+    return f"{row.unit}/{row.fate}/{row.stage}/{row.code}"
+
+
+def _ids_digest(keyed: tuple[int, Iterable[bytes]]) -> tuple[int, int, bytes]:
+    bucket, ids = keyed
+    members = sorted(ids)
+    return bucket, len(members), hashlib.sha256(b"".join(members)).digest()
+
+
+@dataclass
+class DigestIds(beam.PTransform):
+    """PCollection[bytes] of distinct ids -> PCollection[(bucket, count, sha256 of its sorted ids)], 256 buckets by first byte."""
+
+    @no_annotations
+    def expand(self, ids: beam.PCollection[bytes]) -> beam.PCollection[tuple[int, int, bytes]]:
+        return (
+            ids
+            | "ByFirstByte" >> beam.Map(lambda i: (i[0], i)).with_output_types(tuple[int, bytes])
+            | "GroupByFirstByte" >> beam.GroupByKey()
+            | "Digest" >> beam.Map(_ids_digest).with_output_types(tuple[int, int, bytes])
+        )
+
+
+def build_manifest(
+    files: Iterable[ShardFile],
+    fates: Mapping[str, int],
+    inputs: Mapping[str, int],
+    live: Iterable[tuple[int, int, bytes]],
+    tombstones: Iterable[bytes],
+    synthesised: int,
+    encoders: Sequence[str],
+    options: Mapping[str, Any],
+) -> Manifest:
+    """The manifest of a run, not yet named. Raises AssertionError where fates and inputs do not add up."""
+    by_kind: dict[str, list[ShardFile]] = {
+        kind: [] for kind in ("media", "media_index", "samples", "decisions", "dead")
+    }
+    for file in sorted(set(files), key=lambda file: file.path):
+        by_kind[file.kind].append(file)
+    by_unit: dict[str, Counter[str]] = {"image": Counter(), "sample": Counter()}
+    for key, count in fates.items():
+        unit, fate, _, _ = key.split("/")
+        by_unit[unit][fate] += count
+    buckets = sorted(live)
+    manifest = Manifest(
+        snapshot_id="",
+        parent="",
+        samples=by_kind["samples"],
+        decisions=by_kind["decisions"],
+        dead=by_kind["dead"],
+        media=by_kind["media"],
+        media_index=by_kind["media_index"],
+        live_images=sum(count for _, count, _ in buckets),
+        live_images_sha256=hashlib.sha256(b"".join(digest for _, _, digest in buckets)).hexdigest(),
+        tombstones=sorted(image_id.hex() for image_id in tombstones),
+        options=options,
+        funnels={unit: funnel_of(by_unit[unit], inputs[unit], unit) for unit in by_unit},
+        codes=dict(sorted(fates.items())),
+        synthesised=synthesised,
+        versions={name: importlib.metadata.version(name) for name in _VERSIONED}
+        | {"encoders": sorted(encoders)},
+    )
+    packed = sum(file.num_records for file in manifest.media)
+    kept = manifest.funnels["image"].kept
+    if not packed - len(manifest.tombstones) == manifest.live_images == kept:
+        raise AssertionError(
+            f"{packed} images packed, {len(manifest.tombstones)} tombstones, {manifest.live_images} live, {kept} kept"
+        )
+    return manifest
+
+
+def _metrics_json(
+    manifest: Manifest, messages: Iterable[tuple[str, list[DeadLetter]]], facts: RunFacts
+) -> bytes:
+    failures = {
+        code: [
+            {"source": letter.source, "name": letter.name, "message": letter.message} for letter in letters
+        ]
+        for code, letters in sorted(messages)
+    }
+    body = {
+        "snapshot_id": manifest.snapshot_id,
+        "funnels": {unit: funnel._asdict() for unit, funnel in manifest.funnels.items()},
+        "codes": dict(manifest.codes),
+        "synthesised": manifest.synthesised,
+        "failures": failures,
+        **facts.metrics,
+    }
+    return json.dumps(body, sort_keys=True, indent=1, ensure_ascii=False).encode() + b"\n"
+
+
+class _Commit(beam.DoFn):
+    def __init__(self, to: Destination, facts: RunFacts) -> None:
+        self._to, self._facts = to, facts
+
+    def process(
+        self,
+        _: Any,
+        files: Iterable[ShardFile],
+        fates: Iterable[tuple[str, int]],
+        image_inputs: int,
+        sample_inputs: int,
+        live: Iterable[tuple[int, int, bytes]],
+        tombstones: Iterable[bytes],
+        synthesised: int,
+        encoders: Iterable[str],
+        messages: Iterable[tuple[str, list[DeadLetter]]],
+    ) -> Iterable[str]:
+        inputs = {"image": image_inputs, "sample": sample_inputs}
+        unnamed = build_manifest(
+            files, dict(fates), inputs, live, tombstones, synthesised, list(encoders), self._facts.options
+        )
+        manifest = commit(self._to, self._facts.base, unnamed)
+        write_atomically(Path(self._to.out) / "metrics.json", _metrics_json(manifest, messages, self._facts))
+        yield manifest.snapshot_id
+
+
+@dataclass
+class Commit(beam.PTransform):
+    """{files, decisions, dead, images, samples, live, tombstones, synthesised, encoders} -> the snapshot's id.
+
+    `images` and `samples` are the run's input, one element each, and are only counted; `synthesised` likewise. Everything meets in
+    one DoFn as side inputs: file names and counts, never rows.
+    """
+
+    to: Destination
+    facts: RunFacts
+
+    @no_annotations
+    def expand(self, inputs: dict[str, beam.PCollection]) -> beam.PCollection[str]:
+        def count(label: str) -> AsSingleton:
+            return AsSingleton(inputs[label] | f"Count{label.title()}" >> beam.combiners.Count.Globally())
+
+        fates = (
+            inputs["decisions"]
+            | "FateKeys" >> beam.Map(fate_key).with_output_types(str)
+            | "CountFates" >> beam.combiners.Count.PerElement()
+        )
+        messages = (
+            inputs["dead"]
+            | "ByCode"
+            >> beam.Map(lambda d: (f"{d.stage}/{d.code}", d)).with_output_types(tuple[str, DeadLetter])
+            | "FewPerCode" >> beam.combiners.Top.SmallestPerKey(MESSAGES_PER_CODE)
+        )
+        encoders = inputs["encoders"] | "DistinctEncoders" >> beam.Distinct()
+        return (
+            inputs["files"].pipeline
+            | "Once" >> beam.Create([None])
+            | "CommitSnapshot"
+            >> beam.ParDo(
+                _Commit(self.to, self.facts),
+                files=AsIter(inputs["files"]),
+                fates=AsIter(fates),
+                image_inputs=count("images"),
+                sample_inputs=count("samples"),
+                live=AsIter(inputs["live"] | "LiveDigests" >> DigestIds()),
+                tombstones=AsIter(inputs["tombstones"]),
+                synthesised=count("synthesised"),
+                encoders=AsIter(encoders),
+                messages=AsIter(messages),
+            ).with_output_types(str)
+        )

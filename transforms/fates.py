@@ -1,0 +1,62 @@
+"""How a stage records that something dropped out: a decision row, and a dead letter where it failed."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from apache_beam import PCollection
+from apache_beam.metrics import Metrics
+from apache_beam.pvalue import TaggedOutput
+
+from shards.records import DeadLetter, Decision, Origin
+
+DECISIONS = "decisions"
+DEAD = "dead"
+
+
+class Outcome(NamedTuple):
+    """What a stage gives: what goes on, the fates it decided, and what failed."""
+
+    main: PCollection[Any]
+    decisions: PCollection[Decision]
+    dead: PCollection[DeadLetter]
+
+
+def decision(
+    unit: str,
+    fate: str,
+    item_id: bytes,
+    stage: str,
+    code: str,
+    origin: Origin,
+    score: float | None = None,
+    threshold: float | None = None,
+    other_id: bytes = b"",
+) -> Decision:
+    """A decision row about the reference or sample at `origin`."""
+    return Decision(
+        unit,
+        fate,
+        item_id,
+        stage,
+        code,
+        origin.source,
+        origin.name,
+        origin.offset,
+        score,
+        threshold,
+        other_id,
+    )
+
+
+def dead_letter(item_id: bytes, stage: str, code: str, origin: Origin, message: str) -> DeadLetter:
+    """A dead letter about what lies at `origin`."""
+    return DeadLetter(item_id, stage, code, origin.source, origin.name, origin.offset, message)
+
+
+def died(
+    unit: str, item_id: bytes, stage: str, code: str, origin: Origin, message: str
+) -> Iterator[TaggedOutput]:
+    """The two tagged outputs of an input that cannot be used: its decision and its dead letter."""
+    Metrics.counter(stage, f"dead_{code}").inc()
+    yield TaggedOutput(DECISIONS, decision(unit, "dead", item_id, stage, code, origin))
+    yield TaggedOutput(DEAD, dead_letter(item_id, stage, code, origin, message))

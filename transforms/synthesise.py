@@ -1,0 +1,122 @@
+"""Synthesise: planned images -> samples whose conversation a model wrote."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.metrics import Metrics
+from apache_beam.pvalue import TaggedOutput
+from apache_beam.typehints.decorators import no_annotations
+
+from images.decode import Limits, as_jpeg
+from images.fetch import fetch_again
+from shards.errors import BadData
+from shards.ids import sample_id_of
+from shards.records import DeadLetter, PlannedImage, Sample
+from synthesis.client import ChatClient
+from synthesis.generate import synthesise
+from synthesis.prompts import PromptPair
+from transforms.fates import DEAD, dead_letter
+from transforms.progress import ProgressFile
+
+STAGE = "synthesise"
+
+
+def synthesise_sample(
+    planned: PlannedImage,
+    client: ChatClient,
+    prompts: PromptPair,
+    max_pixels: int | None,
+    limits: Limits,
+) -> Sample | DeadLetter:
+    """One question and one answer about an image as a sample, or the dead letter of the call that failed.
+
+    The bytes are read again by reference and their hash is checked; the model gets our own re-encoding of at most `max_pixels`
+    pixels, or, where that is None, no image but its tags and caption.
+    """
+    try:
+        jpeg = None
+        if max_pixels is not None:
+            encoded = fetch_again(planned.source_image.ref, planned.image_id, limits.max_bytes)
+            jpeg = as_jpeg(encoded, max_pixels, limits)
+        conversation, provenance = synthesise(planned, jpeg, client, prompts)
+    except BadData as error:
+        return dead_letter(planned.image_id, STAGE, error.code, planned.source_image.origin, str(error))
+    sample_id = sample_id_of([planned.image_id], conversation)
+    return Sample(
+        sample_id=sample_id,
+        image_ids=[planned.image_id],
+        conversation=conversation,
+        tags=planned.tags,
+        origin=planned.source_image.origin,
+        from_ids=[],
+        license="",
+        extra_json="{}",
+        provenance=provenance,
+    )
+
+
+class _Synthesise(beam.DoFn):
+    def __init__(
+        self,
+        client: ChatClient,
+        prompts: PromptPair,
+        max_pixels: int | None,
+        limits: Limits,
+        concurrency: int,
+    ) -> None:
+        self._arguments = (client, prompts, max_pixels, limits)
+        self._concurrency = concurrency
+
+    def setup(self) -> None:
+        self._pool = ThreadPoolExecutor(self._concurrency)
+        self._progress = ProgressFile(self._progress_folder, "conversations")
+
+    def finish_bundle(self) -> None:
+        self._progress.write()
+
+    def teardown(self) -> None:
+        self._pool.shutdown()
+
+    def process(self, batch: Sequence[PlannedImage]) -> Iterator[Any]:
+        for result in self._pool.map(lambda planned: synthesise_sample(planned, *self._arguments), batch):
+            self._progress.advance()
+            if isinstance(result, Sample):
+                Metrics.counter(STAGE, "samples").inc()
+                yield result
+            else:
+                Metrics.counter(STAGE, f"dead_{result.code}").inc()
+                yield TaggedOutput(DEAD, result)
+
+
+@dataclass
+class Synthesise(beam.PTransform):
+    """PCollection[PlannedImage] -> (Samples, dead letters). Decides no fate: an image whose calls fail stays what it was.
+
+    Calls of one batch run side by side, `concurrency` at a time. Answers are not remembered: a rerun makes every call again.
+    Dropped: images whose calls fail, as dead letters. Shuffled: planned images, to spread the calls over workers.
+    """
+
+    client: ChatClient
+    prompts: PromptPair
+    max_pixels: int | None
+    limits: Limits
+    concurrency: int
+
+    @no_annotations
+    def expand(self, planned: beam.PCollection[PlannedImage]) -> tuple[beam.PCollection, beam.PCollection]:
+        samples = (
+            planned
+            | "Spread" >> beam.Reshuffle()
+            | "Batch"
+            >> beam.BatchElements(min_batch_size=self.concurrency, max_batch_size=4 * self.concurrency)
+            | "Call"
+            >> beam.ParDo(
+                _Synthesise(self.client, self.prompts, self.max_pixels, self.limits, self.concurrency)
+            )
+            .with_output_types(Sample)
+            .with_outputs(DEAD, main="samples")
+        )
+        return samples.samples, samples[DEAD]
