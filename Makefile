@@ -43,7 +43,7 @@ bench: setup  ## the measures of docs/benchmarks.md
 	$(BIN)/python -m benchmarks.duplicates
 
 docs: setup  ## rewrite the parts of docs/ that are made from code
-	$(BIN)/python -m docs.make
+	$(BIN)/python docs/make.py
 
 clean:  ## remove caches and the demo's output
 	rm -rf demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

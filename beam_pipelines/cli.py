@@ -152,7 +152,7 @@ def curate(values: dict[str, Any]) -> None:
     if snapshot is None:
         _say("dry run: nothing written")
         return
-    from beam_pipelines.report import funnel_text
+    from beam_pipelines.funnel import funnel_text
 
     _say(funnel_text(snapshot.manifest))
     _say(f"snapshot {snapshot.id[:12]} in {options.output}")
@@ -200,7 +200,7 @@ def explain(
 
     shardmill explain shards/ cat.jpg
     """
-    from beam_pipelines.report import explain_text
+    from beam_pipelines.explain import explain_text
     from shards.snapshot import open_snapshot
 
     _say(explain_text(open_snapshot(path), what))

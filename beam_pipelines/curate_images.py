@@ -21,7 +21,7 @@ from shards.errors import BadRequest
 from shards.snapshot import Destination, Snapshot, current_id, discard_staging, open_snapshot
 from synthesis.client import ChatClient, probe
 from synthesis.planner import LookupPlanner
-from synthesis.prompts import PromptPair, load_prompt_pair
+from synthesis.prompts import load_prompt_pair
 from transforms.commit import Commit, RunFacts
 from transforms.deduplicate import CollapseSameBytes, FindNearDuplicates
 from transforms.embed import DistinctReferences, EmbedImages
@@ -29,17 +29,15 @@ from transforms.plan import PlanInstructions
 from transforms.read import ReadSamples, Source
 from transforms.resolve import JudgeImages, NameImages, ResolveSamples, fate_of_dead
 from transforms.settle import SettleImages, SettleSamples
-from transforms.synthesise import Synthesise
+from transforms.synthesise import Backend, Synthesise
 from transforms.tag import TagImages
 from transforms.write import CountShards, WriteMedia, WriteRows
 
 
 class Synthesis(NamedTuple):
-    """How conversations are made: the client, and the pixels it may be sent, None for a model that cannot see."""
+    """How conversations are made: by whom, and of which type."""
 
-    client: ChatClient
-    prompts: PromptPair
-    max_pixels: int | None
+    backend: Backend
     planner: LookupPlanner
 
 
@@ -70,7 +68,7 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
     Every reference and every sample that is read gets exactly one decision row on its way; `Commit` counts them.
     """
     options = job.options
-    limits = Limits(int(options.max_image_bytes), options.max_image_pixels)
+    limits = limits_of(options)
     rule = DuplicateRule(options.dedup_mode, options.cosine, options.phash_bits, options.structure)
 
     read = sources | "ReadSamples" >> ReadSamples(options.limit, options.seed)
@@ -103,7 +101,7 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
         job.to, limits.max_bytes, int(options.max_shard_size), num_shards
     )
     void_ids = void | "VoidIds" >> beam.Map(lambda letter: letter.id)
-    written, failed_calls = _synthesise(named, job, limits)
+    written, failed_calls = _synthesise(named, job)
     settled = (
         (collected, written) | "AllSamples" >> beam.Flatten() | "SettleSamples" >> SettleSamples(void_ids)
     )
@@ -144,39 +142,39 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
     } | "Commit" >> Commit(job.to, job.facts)
 
 
-def _synthesise(
-    named: beam.PCollection, job: Job, limits: Limits
-) -> tuple[beam.PCollection, beam.PCollection]:
+def _synthesise(named: beam.PCollection, job: Job) -> tuple[beam.PCollection, beam.PCollection]:
     """Synthesised samples and the dead letters of failed calls; none of either without an endpoint."""
     if job.synthesis is None:
         nothing = named.pipeline | "NoSynthesis" >> beam.Create([])
         return nothing, nothing
     planned = named | "PlanInstructions" >> PlanInstructions(job.synthesis.planner, job.options.max_samples)
-    return planned | "Synthesise" >> Synthesise(
-        job.synthesis.client,
-        job.synthesis.prompts,
-        job.synthesis.max_pixels,
-        limits,
-        job.options.vlm_concurrency,
-        job.progress,
-    )
+    return planned | "Synthesise" >> Synthesise(job.synthesis.backend, job.progress)
+
+
+def limits_of(options: CurateOptions) -> Limits:
+    """Caps on one image."""
+    return Limits(int(options.max_image_bytes), options.max_image_pixels)
 
 
 def prepare_synthesis(options: CurateOptions) -> Synthesis | None:
     """Probe the endpoint, if there is one. Raises BadRequest where it cannot be used as asked."""
     if not options.vlm_base_url:
         return None
-    client = ChatClient(
+    with ChatClient(
         options.vlm_base_url,
         options.vlm_model,
         api_key_env=options.vlm_api_key_env,
         timeout_s=options.vlm_timeout_s,
+    ) as client:
+        found = probe(client, options.allow_text_only)
+    backend = Backend(
+        client.with_model(found.model),
+        load_prompt_pair(found.sees_images),
+        options.vlm_max_pixels if found.sees_images else None,
+        limits_of(options),
+        options.vlm_concurrency,
     )
-    found = probe(client, options.allow_text_only)
-    max_pixels = options.vlm_max_pixels if found.sees_images else None
-    return Synthesis(
-        client.with_model(found.model), load_prompt_pair(found.sees_images), max_pixels, LookupPlanner()
-    )
+    return Synthesis(backend, LookupPlanner())
 
 
 def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
@@ -198,7 +196,7 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
         "batch_size": model.batch_size,
     }
     if synthesis is not None:
-        affecting["vlm_model"] = synthesis.client.model
+        affecting["vlm_model"] = synthesis.backend.client.model
     metrics = {"sources": [source._asdict() for source in sources], "images": images}
     facts = RunFacts(current_id(Path(to.out)), affecting, metrics)
     progress = str(to.staging / "progress") if is_local(pipeline_options) else ""
@@ -243,8 +241,8 @@ def _plan_text(job: Job, images: int) -> str:
     inputs = ", ".join(f"{source.path} ({source.format})" for source in job.sources)
     synthesis = "none (no --vlm-base-url)"
     if job.synthesis is not None:
-        sight = "sends images" if job.synthesis.max_pixels else "text only: tags and captions"
-        synthesis = f"{job.synthesis.client.model}, {sight}"
+        sight = "sends images" if job.synthesis.backend.max_pixels else "text only: tags and captions"
+        synthesis = f"{job.synthesis.backend.client.model}, {sight}"
     return f"{images} images from {inputs}\nencoder {job.encoder.name} on {job.encoder.device}; synthesis: {synthesis}"
 
 

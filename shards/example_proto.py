@@ -20,7 +20,9 @@ def _example_class() -> Any:
     def message(name: str, *fields: tuple[str, int, int, int, str]) -> descriptor_pb2.DescriptorProto:
         descriptor = file.message_type.add(name=name)
         for field_name, number, label, kind, type_name in fields:
-            descriptor.field.add(name=field_name, number=number, label=label, type=kind, type_name=type_name)
+            descriptor.field.add(
+                name=field_name, number=number, label=label, type=kind, type_name=type_name or None
+            )
         return descriptor
 
     one, many = Field.LABEL_OPTIONAL, Field.LABEL_REPEATED

@@ -97,13 +97,20 @@ class _FetchAndDecode(beam.DoFn):
 
     def process(self, source_image: SourceImage) -> Iterator[Any]:
         started = time.perf_counter()
-        try:
-            yield fetch_and_decode(source_image, self._geometry, self._limits)
-            self._decoded.inc()
-        except BadData as error:
-            yield from died("image", error.item_id, STAGE, error.code, source_image.origin, str(error))
-        self._msec.update(int((time.perf_counter() - started) * 1000))
+        decoded = self._try(source_image)
+        self._msec.update(round((time.perf_counter() - started) * 1000))
         self._progress.advance()
+        if isinstance(decoded, DecodedImage):
+            self._decoded.inc()
+            yield decoded
+        else:
+            yield from died("image", decoded.item_id, STAGE, decoded.code, source_image.origin, str(decoded))
+
+    def _try(self, source_image: SourceImage) -> DecodedImage | BadData:
+        try:
+            return fetch_and_decode(source_image, self._geometry, self._limits)
+        except BadData as error:
+            return error
 
     def finish_bundle(self) -> None:
         self._progress.write()

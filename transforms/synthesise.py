@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import apache_beam as beam
 from apache_beam.metrics import Metrics
@@ -24,29 +24,33 @@ from transforms.progress import ProgressFile
 STAGE = "synthesise"
 
 
-def synthesise_sample(
-    planned: PlannedImage,
-    client: ChatClient,
-    prompts: PromptPair,
-    max_pixels: int | None,
-    limits: Limits,
-) -> Sample | DeadLetter:
+class Backend(NamedTuple):
+    """Who is asked, and how: at most `max_pixels` pixels of an image are sent, none where that is None; `concurrency` images at
+    a time per worker."""
+
+    client: ChatClient
+    prompts: PromptPair
+    max_pixels: int | None
+    limits: Limits
+    concurrency: int
+
+
+def synthesise_sample(planned: PlannedImage, backend: Backend) -> Sample | DeadLetter:
     """One question and one answer about an image as a sample, or the dead letter of the call that failed.
 
-    The bytes are read again by reference and their hash is checked; the model gets our own re-encoding of at most `max_pixels`
-    pixels, or, where that is None, no image but its tags and caption.
+    The bytes are read again by reference and their hash is checked; the model gets our own re-encoding, or, where it sees no
+    images, tags and caption.
     """
     try:
         jpeg = None
-        if max_pixels is not None:
-            encoded = fetch_again(planned.source_image.ref, planned.image_id, limits.max_bytes)
-            jpeg = as_jpeg(encoded, max_pixels, limits)
-        conversation, provenance = synthesise(planned, jpeg, client, prompts)
+        if backend.max_pixels is not None:
+            encoded = fetch_again(planned.source_image.ref, planned.image_id, backend.limits.max_bytes)
+            jpeg = as_jpeg(encoded, backend.max_pixels, backend.limits)
+        conversation, provenance = synthesise(planned, jpeg, backend.client, backend.prompts)
     except BadData as error:
         return dead_letter(planned.image_id, STAGE, error.code, planned.source_image.origin, str(error))
-    sample_id = sample_id_of([planned.image_id], conversation)
     return Sample(
-        sample_id=sample_id,
+        sample_id=sample_id_of([planned.image_id], conversation),
         image_ids=[planned.image_id],
         conversation=conversation,
         tags=planned.tags,
@@ -59,29 +63,15 @@ def synthesise_sample(
 
 
 class _Synthesise(beam.DoFn):
-    def __init__(
-        self,
-        client: ChatClient,
-        prompts: PromptPair,
-        max_pixels: int | None,
-        limits: Limits,
-        concurrency: int,
-    ) -> None:
-        self._arguments = (client, prompts, max_pixels, limits)
-        self._concurrency = concurrency
+    def __init__(self, backend: Backend, progress: str) -> None:
+        self._backend, self._progress_folder = backend, progress
 
     def setup(self) -> None:
-        self._pool = ThreadPoolExecutor(self._concurrency)
+        self._pool = ThreadPoolExecutor(self._backend.concurrency)
         self._progress = ProgressFile(self._progress_folder, "conversations")
 
-    def finish_bundle(self) -> None:
-        self._progress.write()
-
-    def teardown(self) -> None:
-        self._pool.shutdown()
-
     def process(self, batch: Sequence[PlannedImage]) -> Iterator[Any]:
-        for result in self._pool.map(lambda planned: synthesise_sample(planned, *self._arguments), batch):
+        for result in self._pool.map(lambda planned: synthesise_sample(planned, self._backend), batch):
             self._progress.advance()
             if isinstance(result, Sample):
                 Metrics.counter(STAGE, "samples").inc()
@@ -90,33 +80,35 @@ class _Synthesise(beam.DoFn):
                 Metrics.counter(STAGE, f"dead_{result.code}").inc()
                 yield TaggedOutput(DEAD, result)
 
+    def finish_bundle(self) -> None:
+        self._progress.write()
+
+    def teardown(self) -> None:
+        self._pool.shutdown()
+        self._backend.client.close()
+
 
 @dataclass
 class Synthesise(beam.PTransform):
     """PCollection[PlannedImage] -> (Samples, dead letters). Decides no fate: an image whose calls fail stays what it was.
 
-    Calls of one batch run side by side, `concurrency` at a time. Answers are not remembered: a rerun makes every call again.
-    Dropped: images whose calls fail, as dead letters. Shuffled: planned images, to spread the calls over workers.
+    Calls of one batch run side by side. Answers are not remembered: a rerun makes every call again. Dropped: images whose calls
+    fail, as dead letters. Shuffled: planned images, to spread the calls over workers.
     """
 
-    client: ChatClient
-    prompts: PromptPair
-    max_pixels: int | None
-    limits: Limits
-    concurrency: int
+    backend: Backend
+    progress: str = ""
 
     @no_annotations
     def expand(self, planned: beam.PCollection[PlannedImage]) -> tuple[beam.PCollection, beam.PCollection]:
-        samples = (
+        concurrency = self.backend.concurrency
+        called = (
             planned
             | "Spread" >> beam.Reshuffle()
-            | "Batch"
-            >> beam.BatchElements(min_batch_size=self.concurrency, max_batch_size=4 * self.concurrency)
+            | "Batch" >> beam.BatchElements(min_batch_size=concurrency, max_batch_size=4 * concurrency)
             | "Call"
-            >> beam.ParDo(
-                _Synthesise(self.client, self.prompts, self.max_pixels, self.limits, self.concurrency)
-            )
+            >> beam.ParDo(_Synthesise(self.backend, self.progress))
             .with_output_types(Sample)
             .with_outputs(DEAD, main="samples")
         )
-        return samples.samples, samples[DEAD]
+        return called.samples, called[DEAD]

@@ -1,0 +1,119 @@
+"""Decode + embed through the pipeline beside the bare loop of the same functions, in turn, in one process.
+
+python -m benchmarks.throughput --images 2048 --rounds 2
+
+The bare loop is what a user would write: fetch, decode, measure, encode in batches. Loading the model counts for neither. Beside them
+stands the whole job, which also compares, tags, resolves, writes and commits.
+"""
+
+import argparse
+import hashlib
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import apache_beam as beam
+import numpy as np
+from PIL import Image
+from rich.console import Console
+
+from beam_pipelines.curate_images import curate
+from beam_pipelines.options import parse_options
+from beam_pipelines.planting import flatten
+from benchmarks.machine import describe
+from embeddings.encoder import Encoder, EncoderSpec, load_encoder
+from images.decode import Limits
+from shards.records import MediaRef, Origin, SourceImage
+from transforms.embed import DistinctReferences, EmbedImages, embed, fetch_and_decode
+
+CORPUS = Path(__file__).parent.parent / "examples" / "images"
+SIZE = (800, 600)
+
+
+def make_jpegs(folder: Path, count: int) -> list[SourceImage]:
+    """`count` distinct JPEGs of 800 x 600: random crops of the corpus, enlarged, with noise as a camera's."""
+    pictures = [flatten(Image.open(path)) for path in sorted(CORPUS.iterdir())]
+    references = []
+    for number in range(count):
+        rng = np.random.default_rng(int.from_bytes(hashlib.sha256(str(number).encode()).digest()[:8], "big"))
+        picture = pictures[number % len(pictures)]
+        side = rng.uniform(0.5, 0.95, 2) * picture.size
+        left, top = rng.uniform(0, 1, 2) * (picture.size - side)
+        crop = picture.resize(SIZE, Image.Resampling.BICUBIC, box=(left, top, left + side[0], top + side[1]))
+        noisy = np.asarray(crop, np.int16) + rng.integers(-6, 7, (SIZE[1], SIZE[0], 3), np.int16)
+        path = folder / f"{number:05d}.jpg"
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+        references.append(SourceImage(Origin(0, "bench", path.name, 0), MediaRef(str(path), 0, -1)))
+    return references
+
+
+def bare_loop(references: list[SourceImage], encoder: Encoder) -> tuple[float, float]:
+    """Seconds in all, and of them in the encoder."""
+    started = time.perf_counter()
+    encoding = 0.0
+    for start in range(0, len(references), encoder.images_at_once):
+        batch = references[start : start + encoder.images_at_once]
+        decoded = [fetch_and_decode(one, encoder.geometry, Limits()) for one in batch]
+        before = time.perf_counter()
+        embed(encoder, decoded)
+        encoding += time.perf_counter() - before
+    return time.perf_counter() - started, encoding
+
+
+def through_pipeline(references: list[SourceImage], encoder: Encoder) -> tuple[float, dict[str, float]]:
+    """Seconds in all, and where they went by Beam's own metrics."""
+    started = time.perf_counter()
+    pipeline = beam.Pipeline(runner="FnApiRunner")
+    _ = (
+        pipeline
+        | beam.Create(references)
+        | DistinctReferences()
+        | EmbedImages(EncoderSpec(), encoder.geometry, encoder.images_at_once, Limits())
+    )
+    result = pipeline.run()
+    result.wait_until_finish()
+    seconds = time.perf_counter() - started
+    distributions = {m.key.metric.name: m.committed for m in result.metrics().query()["distributions"]}
+    decoding = distributions["decode_msec"].sum / 1e3
+    encoding = distributions["inference_batch_latency_micro_secs"].sum / 1e6
+    rest = seconds - decoding - encoding
+    return seconds, {"fetch, decode, measure": decoding, "encoder": encoding, "Beam": rest}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=2)
+    arguments = parser.parse_args()
+    print(describe("apache-beam", "torch", "timm", "pillow"))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "in"
+        folder.mkdir()
+        references = make_jpegs(folder, arguments.images)
+        encoder = load_encoder(EncoderSpec())
+        bare_loop(references[:64], encoder)
+        ratios, whole = [], []
+        for number in range(arguments.rounds):
+            bare, encoding = bare_loop(references, encoder)
+            piped, parts = through_pipeline(references, encoder)
+            started = time.perf_counter()
+            options = {"input": [str(folder)], "output": f"{temporary}/out{number}"}
+            curate(parse_options(options), console=Console(quiet=True))
+            job = time.perf_counter() - started
+            ratios.append(bare / piped)
+            whole.append(bare / job)
+            per_image = arguments.images
+            print(
+                f"round {number + 1}: bare loop {per_image / bare:.1f} images/s ({encoding / bare:.0%} in the encoder)"
+            )
+            print(f"  pipeline {per_image / piped:.1f} images/s, ratio {bare / piped:.3f}")
+            for name, seconds in parts.items():
+                print(f"    {name}: {seconds:.1f} s, {seconds / piped:.1%}")
+            print(f"  whole job {per_image / job:.1f} images/s, ratio {bare / job:.3f}", flush=True)
+    print(f"\npipeline / bare loop: median {statistics.median(ratios):.3f}")
+    print(f"whole job / bare loop: median {statistics.median(whole):.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Rewrites docs/options.md and docs/codes.md from the code that defines them; `--check` only compares.
+
+python docs/make.py
+"""
+
+import sys
+from pathlib import Path
+
+from beam_pipelines.codes import CODES
+from beam_pipelines.options import CurateOptions, flag
+
+DOCS = Path(__file__).parent
+
+
+def options_page() -> str:
+    """Every option of the main job, by group."""
+    lines = [
+        "# Options of `shardmill curate`",
+        "",
+        "Each is a flag (`--max-samples 24`) and a line of a `--config` YAML file (`max_samples: 24`); flags win. *Bytes* marks the",
+        "options that may change what is written for the same input: they are part of a snapshot's id. Beam's own options come",
+        "after `--`.",
+    ]
+    group = ""
+    for name, field in CurateOptions.model_fields.items():
+        extra = field.json_schema_extra
+        assert isinstance(extra, dict)
+        if extra["group"] != group:
+            group = str(extra["group"])
+            lines += ["", f"## {group}", "", "| option | default | bytes | meaning |", "|---|---|---|---|"]
+        default = field.default
+        shown = default.human_readable(decimal=True) if hasattr(default, "human_readable") else default
+        text = "" if shown in ("", None, []) else f"`{shown}`"
+        lines.append(
+            f"| `{flag(name)}` | {text} | {'yes' if extra['affects_bytes'] else ''} | {field.description} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def codes_page() -> str:
+    """Every reason code with its meaning."""
+    lines = [
+        "# Reason codes",
+        "",
+        "The `code` column of `decisions` and `dead`: stable names for what became of an image, a sample or a call.",
+        "",
+        "| code | meaning |",
+        "|---|---|",
+        *(f"| `{code}` | {meaning} |" for code, meaning in CODES.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"options.md": options_page, "codes.md": codes_page}
+
+
+def main() -> int:
+    """Exit code 1 where `--check` finds a page that is not what the code says."""
+    stale = [
+        name
+        for name, page in PAGES.items()
+        if not (DOCS / name).exists() or (DOCS / name).read_text() != page()
+    ]
+    if "--check" not in sys.argv:
+        for name in stale:
+            (DOCS / name).write_text(PAGES[name]())
+    print(f"{'stale' if '--check' in sys.argv else 'rewritten'}: {', '.join(stale) or 'none'}")
+    return 1 if stale and "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
