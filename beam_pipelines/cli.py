@@ -119,7 +119,7 @@ def demo(
         str, typer.Option(help="Folder for the demo's input, shards, model and report.")
     ] = "demo",
     max_samples: Annotated[
-        int, typer.Option(help="Images to synthesise a conversation for; 0 for none.")
+        int, typer.Option(min=0, help="Images to synthesise a conversation for; 0 for none.")
     ] = 24,
     train: Annotated[bool, typer.Option(help="Train a small model on the result.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of what is planted.")] = 0,
@@ -265,6 +265,8 @@ def run(argv: Sequence[str]) -> int:
         split = command_line.index("--")
         _beam_args[:] = command_line[split + 1 :]
         command_line = command_line[:split]
+        if command_line[:1] != ["curate"]:
+            return _fail("shardmill", "only curate takes Beam's options after `--`", BAD_REQUEST)
     else:
         _beam_args.clear()
     name = "shardmill" if not command_line else f"shardmill {command_line[0]}"
@@ -276,8 +278,10 @@ def run(argv: Sequence[str]) -> int:
     except BadRequest as error:
         return _fail(name, error, BAD_REQUEST)
     except ShardmillError as error:
-        if error.__cause__ is not None:
+        if error.__cause__ is not None and os.environ.get("SHARDMILL_DEBUG"):
             traceback.print_exception(error.__cause__)
+        return _fail(name, error, FAILED)
+    except OSError as error:  # a full disk, a vanished folder: the machine's fault, and one line says which
         return _fail(name, error, FAILED)
     except (KeyboardInterrupt, typer.Abort):
         return _fail(name, "interrupted; what stood before still stands", INTERRUPTED)

@@ -97,13 +97,14 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
     named = {"kept": kept, "samples": collected} | "NameImages" >> NameImages()
 
     num_shards = named | "CountShards" >> CountShards(int(options.max_shard_size))
-    media, void = named | "WriteMedia" >> WriteMedia(
-        job.to, limits.max_bytes, int(options.max_shard_size), num_shards
+    media, void = {"images": named, "num_shards": num_shards} | "WriteMedia" >> WriteMedia(
+        job.to, limits.max_bytes, int(options.max_shard_size)
     )
     void_ids = void | "VoidIds" >> beam.Map(lambda letter: letter.id)
     written, failed_calls = _synthesise(named, job)
-    settled = (
-        (collected, written) | "AllSamples" >> beam.Flatten() | "SettleSamples" >> SettleSamples(void_ids)
+    samples = (collected, written) | "AllSamples" >> beam.Flatten()
+    settled = {"samples": samples, "void": void_ids} | "SettleSamples" >> SettleSamples(
+        options.on_missing_image
     )
     live, tombstones, last_words = {
         "kept": kept,
@@ -124,9 +125,9 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
     dead = (read.dead, embedded.dead, void, failed_calls, settled.dead) | "AllDead" >> beam.Flatten()
     files = (
         media,
-        settled.main | "WriteSamples" >> WriteRows("samples", job.to, num_shards),
-        decisions | "WriteDecisions" >> WriteRows("decisions", job.to, num_shards),
-        dead | "WriteDead" >> WriteRows("dead", job.to, num_shards),
+        {"rows": settled.main, "num_shards": num_shards} | "WriteSamples" >> WriteRows("samples", job.to),
+        {"rows": decisions, "num_shards": num_shards} | "WriteDecisions" >> WriteRows("decisions", job.to),
+        {"rows": dead, "num_shards": num_shards} | "WriteDead" >> WriteRows("dead", job.to),
     ) | "AllFiles" >> beam.Flatten()
     return {
         "files": files,
@@ -181,7 +182,7 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
     """Check a whole request before anything is written. Raises BadRequest."""
     sources = find_sources(options.input, options.image_root)
     check_output(options.output, sources)
-    images = count_images(sources, options.limit)
+    images = count_images(sources, options.limit, options.seed)
     if images > MAX_IMAGES:
         raise BadRequest(
             f"--input: {images} images, this version compares at most {MAX_IMAGES}; --limit N takes a sample"

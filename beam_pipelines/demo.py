@@ -28,6 +28,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 ORIGINALS = 20
 LOOKALIKES_EACH = 20
 TRAIN_STEPS = 30
+MARKER = ".shardmill-demo"
+"""A file that says: this folder is the demo's, and what it holds may be replaced."""
 
 
 class Found(NamedTuple):
@@ -91,9 +93,13 @@ def _tables(found: Found) -> Iterator[Table]:
 
 
 def _prepare_folder(output: Path) -> None:
-    known = {"input", "shards", "model", "summary.json"}
-    if output.exists() and (not output.is_dir() or {p.name for p in output.iterdir()} - known):
+    if output.exists() and not (output / MARKER).is_file() and (not output.is_dir() or any(output.iterdir())):
         raise BadRequest(f"--output {output}: exists and is no demo's folder; name a new one")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / MARKER).touch()
+    except OSError as error:
+        raise BadRequest(f"--output {output}: cannot be written ({error.strerror})") from error
     for name in ("input", "model"):
         shutil.rmtree(output / name, ignore_errors=True)
 
@@ -163,6 +169,12 @@ def run_demo(output: Path, max_samples: int, train: bool, seed: int, console: Co
     (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     screen.print(f"done in {seconds} s; snapshot {snapshot.id[:12]} in {output / 'shards'}", highlight=False)
     if trained:
-        screen.print(f"model in {output / 'model'}", highlight=False)
+        screen.print(
+            f"model in {output / 'model'}: its language model is the first layers of a small one",
+            highlight=False,
+        )
+        screen.print(
+            "  the loss falls, the captions are no language; `shardmill train --lm smollm2` takes it whole"
+        )
     screen.print(f"look at it: {report}", highlight=False, soft_wrap=True)
     screen.print("next: shardmill curate --input YOUR_IMAGES/ --output shards/", highlight=False)

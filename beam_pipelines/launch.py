@@ -76,11 +76,12 @@ def run_pipeline(
             pipeline.run().wait_until_finish()
         except ShardmillError as error:
             raise RunFailed(str(error).split(" [while running")[0]) from None
-        except RuntimeError as error:  # Beam's wrapping of whatever a stage raised, as text
+        # Whatever a stage raised, and runners raise it as itself, as RuntimeError or as text: the run has failed.
+        except Exception as error:
             own = _OWN_ERROR.search(str(error))
             if own:
                 raise RunFailed(own[1].split(" [while running")[0]) from None
-            raise RunFailed(str(error).strip().splitlines()[-1]) from error
+            raise RunFailed(str(error).strip().splitlines()[-1] or type(error).__name__) from error
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ def option(default: Any, description: str, *, affects_bytes: bool, group: str, *
 class CurateOptions(BaseModel):
     """Everything that `shardmill curate` can be told."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     input: list[str] = option(
         [],
@@ -47,7 +47,7 @@ class CurateOptions(BaseModel):
     )
     limit: int | None = option(
         None,
-        "Take a seeded sample of N samples per source; a larger N contains a smaller one.",
+        "Take a seeded sample of N records of each source; a larger N contains a smaller one.",
         affects_bytes=True,
         group="Input and output",
         ge=1,
@@ -149,7 +149,7 @@ class CurateOptions(BaseModel):
     )
     on_duplicate: Literal["merge", "drop"] = option(
         "merge",
-        "merge: samples of a duplicate move to a keeper of the same decoded pixels. drop: they go with it.",
+        "Samples of a near duplicate: merge moves them to a keeper of the same decoded pixels, drop lets them go with it.",
         affects_bytes=True,
         group="Near duplicates",
     )

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shards.errors import BadRequest
+from shards.files import path_of
 from shards.records import SourceSample
-from transforms.read import Source, Unreadable, read_samples
+from transforms.read import Source, Unreadable, read_samples, take_samples
 
 _MAGIC = re.compile(r"[*?[]")
 _NAMED = re.compile(r"([A-Za-z][A-Za-z0-9_-]*)=(.+)", re.DOTALL)
@@ -44,8 +45,11 @@ def _source(priority: int, text: str, image_root: str) -> Source:
     name, path = (named[1], named[2]) if named else (f"input{priority}", text)
     path = os.path.abspath(os.path.expanduser(path))
     if glob.has_magic(path) and not os.path.exists(path):
-        if not any(os.path.isfile(found) for found in glob.iglob(path, recursive=True)):
+        matches = [found for found in glob.iglob(path, recursive=True) if os.path.isfile(found)]
+        if not matches:
             raise BadRequest(f"--input {text}: matches no file")
+        if all(found.lower().endswith((".json", ".jsonl")) for found in matches):
+            raise BadRequest(f"--input {text}: matches JSON; give each file an --input of its own")
         return Source(priority, name, path, "files", os.path.dirname(_MAGIC.split(path, maxsplit=1)[0]))
     if "://" in text:
         raise BadRequest(f"--input {text}: only local files are read yet; copy them here first")
@@ -62,11 +66,14 @@ def _source(priority: int, text: str, image_root: str) -> Source:
     )
 
 
-def _check_image_root(source: Source) -> None:
-    """Where none of the first images lies under the root, the root is wrong, not the images."""
-    samples = (s for s in read_samples(source) if isinstance(s, SourceSample))
-    refs = [image.ref.uri for s in itertools.islice(samples, _PROBED_SAMPLES) for image in s.images]
-    if refs and not any(os.path.exists(uri) for uri in refs):
+def _check_llava(source: Source) -> None:
+    """Where none of the first records is a sample the file is wrong; where none of their images is there, the root is."""
+    first = list(itertools.islice(read_samples(source), _PROBED_SAMPLES))
+    unreadable = [record for record in first if isinstance(record, Unreadable)]
+    if first and len(unreadable) == len(first):
+        raise BadRequest(f"--input {source.path}: no LLaVA JSON: {unreadable[0].error}")
+    refs = [image.ref.uri for s in first if isinstance(s, SourceSample) for image in s.images]
+    if refs and not any(path_of(uri).exists() for uri in refs):
         missing = ", ".join(dict.fromkeys(refs[:3]))
         raise BadRequest(f"--image-root {source.root}: none of the first images is there; missing: {missing}")
 
@@ -84,25 +91,23 @@ def find_sources(inputs: Sequence[str], image_root: str) -> list[Source]:
             raise BadRequest(f"--input {name}=...: two sources of one name; give each its own")
     for source in sources:
         if source.format == "llava":
-            _check_image_root(source)
+            _check_llava(source)
     return sources
 
 
-def count_images(sources: Sequence[Source], limit: int | None) -> int:
-    """Distinct image references of all sources; under `limit` no more samples than that are counted per source."""
-    total = 0
-    for source in sources:
-        samples = (s for s in read_samples(source) if not isinstance(s, Unreadable))
-        taken = itertools.islice(samples, limit)
-        total += len({image.origin for sample in taken for image in sample.images})
-    return total
+def count_images(sources: Sequence[Source], limit: int | None, seed: int) -> int:
+    """Distinct image references that a run over these sources takes."""
+    taken = (item for source in sources for item in take_samples(source, limit, seed))
+    return len({image.origin for item in taken if isinstance(item, SourceSample) for image in item.images})
 
 
 def check_output(output: str, sources: Sequence[Source]) -> None:
     """Raises BadRequest where the run could not write, or would read what it writes."""
     if "://" in output:
         raise BadRequest(f"--output {output}: only local folders are written yet")
-    path = os.path.abspath(output)
+    path = os.path.realpath(output) if "\0" not in output else ""
+    if not path or any(len(os.fsencode(part)) > 255 for part in path.split("/")):
+        raise BadRequest(f"--output {output[:40]!r}...: no name that a file system takes")
     existing = path
     while not os.path.lexists(existing):
         existing = os.path.dirname(existing)
@@ -111,7 +116,9 @@ def check_output(output: str, sources: Sequence[Source]) -> None:
     if not os.access(existing, os.W_OK | os.X_OK):
         raise BadRequest(f"--output {output}: {existing} may not be written by this user")
     for source in sources:
-        if os.path.isdir(source.path) and os.path.commonpath([path, source.path]) == source.path:
+        searched = os.path.realpath(source.root)
+        walks = os.path.isdir(source.path) or "**" in source.path
+        if walks and os.path.commonpath([path, searched]) == searched:
             raise BadRequest(
                 f"--output {output}: lies inside --input {source.path}; the next run would read it"
             )

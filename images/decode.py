@@ -43,7 +43,11 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     samples = np.asarray(image)
     if image.mode.startswith("I;16"):
         return Image.fromarray((samples.astype(np.uint16) >> 8).astype(np.uint8))
-    values = np.nan_to_num(samples.astype(np.float64))
+    values = samples.astype(np.float64)
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return Image.new("L", image.size)
+    values = np.nan_to_num(values, nan=finite.min(), posinf=finite.max(), neginf=finite.min())
     if image.mode == "I" and values.min() >= 0 and values.max() <= 65535:
         return Image.fromarray((values / 257).round().astype(np.uint8))
     low, high = values.min(), values.max()

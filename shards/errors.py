@@ -4,6 +4,8 @@ Three fates: bad data becomes a dead letter and never raises; a bad request stop
 exit 2); a broken machine, model or folder raises one of the others (exit 1).
 """
 
+from typing import Any
+
 
 class ShardmillError(Exception):
     """Base of all errors below."""
@@ -20,6 +22,9 @@ class BadData(ShardmillError):
         super().__init__(message)
         self.code = code
         self.item_id = item_id
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.code, str(self), self.item_id)
 
 
 class BadRequest(ShardmillError):
@@ -41,3 +46,6 @@ class CorruptShard(ShardmillError):
         self.path, self.what, self.record = path, what, record
         where = path if record is None else f"{path}, record {record}"
         super().__init__(f"{where}: {what}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.what, self.record)

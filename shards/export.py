@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -153,8 +154,15 @@ def export_snapshot(snapshot: Snapshot, format: str, folder: Path) -> Exported:
         raise BadRequest(f"--format {format}: not one of {', '.join(FORMATS)}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadRequest(f"--output {folder}: not empty; name a new folder")
+    folder = folder.absolute()
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    exported = FORMATS[format](snapshot, partial)
-    partial.replace(folder)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise BadRequest(f"--output {folder}: cannot be written ({error.strerror})") from error
+    try:
+        exported = FORMATS[format](snapshot, partial)
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return exported._replace(how_to_load=exported.how_to_load.replace(str(partial), str(folder)))

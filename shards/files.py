@@ -74,16 +74,26 @@ def sync_folder(folder: Path) -> None:
 
 
 def uri_of(path: Path) -> str:
-    """A local path as a reference's uri: itself, or percent-encoded after `file:` where it is not UTF-8."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
+    """A path as text that any column takes: itself, or percent-encoded after `file:` where it is not UTF-8.
+
+    Different paths give different texts.
+    """
+    text = path.as_posix()
+    if text.startswith("file:") or not _is_utf8(text):
         return "file:" + urllib.parse.quote(os.fsencode(path))
-    return str(path)
+    return text
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def path_of(uri: str) -> Path:
-    """The local path of a reference's uri."""
+    """The path that `uri_of` was given."""
     if uri.startswith("file:"):
         return Path(os.fsdecode(urllib.parse.unquote_to_bytes(uri.removeprefix("file:"))))
     return Path(uri)

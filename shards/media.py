@@ -70,7 +70,10 @@ class MediaWriter:
 
 def read_index(path: Path) -> npt.NDArray[np.void]:
     """The index of a pack as a memory-mapped (N,) array of `INDEX_ROW`."""
-    size = path.stat().st_size
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise CorruptShard(str(path), "missing") from None
     if size % INDEX_ROW.itemsize:
         raise CorruptShard(str(path), f"{size} bytes is no multiple of {INDEX_ROW.itemsize}")
     if size == 0:

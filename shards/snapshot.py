@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards.errors import BadRequest, CommitConflict, CorruptShard
+from shards.errors import BadRequest, CommitConflict, CorruptShard, RunFailed
 from shards.files import write_atomically
 from shards.ids import canonical_json, digest
 from shards.media import MediaReader
@@ -120,9 +120,12 @@ def snapshot_id_of(manifest: Manifest) -> str:
 
 def _read_current(out: Path) -> dict[str, str]:
     try:
-        return dict(json.loads((out / "CURRENT").read_bytes()))
+        current = json.loads((out / "CURRENT").read_bytes())
+        return {"snapshot": current["snapshot"], "run": current["run"]}
     except FileNotFoundError:
         return {"snapshot": "", "run": ""}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptShard(f"{out}/CURRENT", "not what a commit writes") from error
 
 
 def current_id(out: Path) -> str:
@@ -164,6 +167,8 @@ def commit(to: Destination, base: str, manifest: Manifest) -> Manifest:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with contextlib.suppress(FileNotFoundError):  # moved by an earlier try of this bundle
                     (to.staging / staged.path).replace(target)
+                if not target.is_file() or target.stat().st_size != staged.num_bytes:
+                    raise RunFailed(f"{target}: lost between writing and commit; run again")
             write_atomically(out / folder / "manifest.json", placed.to_json())
             write_atomically(
                 out / "CURRENT", canonical_json({"snapshot": snapshot_id, "run": to.token}) + b"\n"
@@ -177,6 +182,13 @@ def discard_staging(to: Destination) -> None:
     shutil.rmtree(to.staging, ignore_errors=True)
     with contextlib.suppress(OSError):
         to.staging.parent.rmdir()
+
+
+def _read_table(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise CorruptShard(str(path), f"cannot be read ({error})") from error
 
 
 class Snapshot:
@@ -202,7 +214,7 @@ class Snapshot:
     def table(self, kind: str) -> pa.Table:
         """`samples`, `decisions` or `dead` as one table, empty where the run had none."""
         files: Sequence[ShardFile] = getattr(self.manifest, kind)
-        tables = [pq.read_table(self.out / file.path) for file in files]
+        tables = [_read_table(self.out / file.path) for file in files]
         return pa.concat_tables([SCHEMAS[kind].empty_table(), *tables])
 
 
@@ -229,4 +241,8 @@ def open_snapshot(path: str) -> Snapshot:
             raise CorruptShard(f"{out}/CURRENT", f"names snapshot {snapshot_id}, which is not there")
         known = ", ".join(folder.name[:12] for folder in stored) or "none"
         raise BadRequest(f"{path}: {len(found)} snapshots match {wanted!r}; there are: {known}")
-    return Snapshot(out, Manifest.from_json((found[0] / "manifest.json").read_bytes()))
+    path_of_manifest = found[0] / "manifest.json"
+    try:
+        return Snapshot(out, Manifest.from_json(path_of_manifest.read_bytes()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptShard(str(path_of_manifest), "not what a commit writes") from error

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shards.errors import CorruptShard
 from shards.files import ContentNamedFile
 from shards.records import Call, DeadLetter, Decision, Origin, Provenance, Sample, ShardFile, Tag, Turn
 
@@ -135,8 +136,10 @@ def write_table(table: pa.Table, kind: str, out: Path, folder: str, shard: int, 
 
 
 def read_samples(path: Path) -> Iterator[Sample]:
-    """Samples of one shard in order."""
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
-                yield _sample_of(row)
+    """Samples of one shard in order. Raises CorruptShard where it cannot be read."""
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                yield from map(_sample_of, batch.to_pylist())
+    except (OSError, pa.ArrowException) as error:
+        raise CorruptShard(str(path), f"cannot be read ({error})") from error

@@ -25,6 +25,7 @@ class ChatEncoder:
         self._tokenizer, self._visual_tokens, self._max_tokens = tokenizer, visual_tokens, max_tokens
         self._image_token_id = tokenizer.encode(IMAGE_TOKEN, add_special_tokens=False)[0]
         self._end_of_turn = str(tokenizer.eos_token)
+        self._control_tokens = [token for token in tokenizer.all_special_tokens if token != IMAGE_TOKEN]
         self.refused = 0
 
     def encode(self, messages: Sequence[Message]) -> TextTokens | None:
@@ -67,11 +68,18 @@ class ChatEncoder:
         return [*values[:place], *[value] * self._visual_tokens, *values[place + 1 :]]
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        turns = [message | {"content": self._plain(message["content"])} for message in messages]
         return str(
             self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                turns, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         )
+
+    def _plain(self, text: str) -> str:
+        """Text without the tokenizer's control tokens: a caption is data and opens no turn of its own."""
+        for token in self._control_tokens:
+            text = text.replace(token, "")
+        return text
 
     def _pieces(self, messages: Sequence[Message]) -> Iterator[tuple[str, bool]]:
         """The rendered conversation in pieces, and whether each is an answer.

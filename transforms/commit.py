@@ -119,7 +119,7 @@ def _metrics_json(
         "failures": failures,
         **facts.metrics,
     }
-    return json.dumps(body, sort_keys=True, indent=1, ensure_ascii=False).encode() + b"\n"
+    return json.dumps(body, sort_keys=True, indent=1).encode() + b"\n"
 
 
 class _Commit(beam.DoFn):
@@ -143,8 +143,11 @@ class _Commit(beam.DoFn):
         unnamed = build_manifest(
             files, dict(fates), inputs, live, tombstones, synthesised, list(encoders), self._facts.options
         )
+        metrics = _metrics_json(
+            unnamed, messages, self._facts
+        )  # before the commit: what fails here leaves no half-told run
         manifest = commit(self._to, self._facts.base, unnamed)
-        write_atomically(Path(self._to.out) / "metrics.json", _metrics_json(manifest, messages, self._facts))
+        write_atomically(Path(self._to.out) / "metrics.json", metrics)
         yield manifest.snapshot_id
 
 

@@ -4,9 +4,10 @@ Image files (a folder or a glob) and LLaVA JSON or JSONL with an image root.
 """
 
 import glob
+import heapq
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,51 +70,70 @@ class Unreadable(NamedTuple):
     error: BadData
 
 
-def _list_files(source: Source) -> Iterator[Path]:
-    """The files of a folder, recursively, or of a glob, or the one file, in sorted order."""
+def _walk(folder: Path, origin_of: Callable[[Path], Origin]) -> Iterator[Path | Unreadable]:
+    """Files below a folder that may be images; links to folders are followed, each folder once. In sorted order."""
+    seen: set[tuple[int, int]] = set()
+    found: list[Path | Unreadable] = []
+
+    def note(error: OSError) -> None:
+        path = Path(os.fsdecode(error.filename))
+        found.append(Unreadable(origin_of(path), BadData("unreadable", f"folder: {error.strerror}")))
+
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=note):
+        status = Path(parent).stat()
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [
+            Path(parent, name)
+            for name in names
+            if not name.startswith(".") and Path(name).suffix.lower() not in NOT_IMAGES
+        ]
+    yield from sorted(found, key=lambda one: origin_of(one) if isinstance(one, Path) else one.origin)
+
+
+def _read_files(source: Source) -> Iterator[SourceSample | Unreadable]:
+    def origin_of(path: Path) -> Origin:
+        return Origin(source.priority, source.name, uri_of(path.relative_to(source.root)), 0)
+
     path = Path(source.path)
     if path.is_dir():
-        yield from sorted(
-            found
-            for found in path.rglob("*")
-            if not found.is_dir()
-            and found.suffix.lower() not in NOT_IMAGES
-            and not any(part.startswith(".") for part in found.relative_to(path).parts)
-        )
+        found = _walk(path, origin_of)
     elif path.exists():
-        yield path
+        found = iter([path])
     else:
-        yield from (
-            found for found in map(Path, sorted(glob.glob(source.path, recursive=True))) if not found.is_dir()
-        )
+        matches = sorted(set(glob.glob(source.path, recursive=True)))
+        found = (match for match in map(Path, matches) if not match.is_dir())
+    for one in found:
+        if isinstance(one, Unreadable):
+            yield one
+        else:
+            origin = origin_of(one)
+            yield SourceSample(origin, [SourceImage(origin, MediaRef(uri_of(one), 0, -1))], [], "", "{}")
 
 
-def _read_files(source: Source) -> Iterator[SourceSample]:
-    for path in _list_files(source):
-        # Names in another encoding than UTF-8 come as lone surrogates, which no string column takes.
-        name = os.fsencode(path.relative_to(source.root)).decode("utf-8", "backslashreplace")
-        origin = Origin(source.priority, source.name, name, 0)
-        image = SourceImage(origin, MediaRef(uri_of(path), 0, -1))
-        yield SourceSample(origin, [image], [], "", "{}")
+def _parsed(text: str) -> Any:
+    """A JSON value, or BadData for what is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return BadData("bad_json", str(error))
 
 
 def _llava_records(path: Path) -> Iterator[tuple[int, Any]]:
-    """(record number, parsed record or BadData) of a JSON array or of JSON lines."""
-    with path.open("rb") as stream:
+    """(record number, parsed record or BadData) of a JSON array or of JSON lines; a byte order mark is passed over."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as stream:
         start = stream.read(64).lstrip()[:1]
         stream.seek(0)
-        if start == b"[":
-            try:
-                yield from enumerate(json.load(stream))
-            except ValueError as error:
-                yield 0, BadData("bad_json", f"not a JSON array: {error}")
+        if start == "[":
+            records = _parsed(stream.read())
+            yield from enumerate(records if isinstance(records, list) else [records])
             return
         for number, line in enumerate(stream):
             if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except ValueError as error:
-                    yield number, BadData("bad_json", str(error))
+                yield number, _parsed(line)
 
 
 def _turns(record: dict[str, Any]) -> list[Turn]:
@@ -127,8 +147,14 @@ def _turns(record: dict[str, Any]) -> list[Turn]:
     return [Turn(*pair) for pair in pairs]
 
 
+_ABSENT: tuple[Any, ...] = (None, "", [])
+
+
 def _image_names(record: dict[str, Any]) -> list[str]:
-    images = record.get("image") or record.get("images") or []
+    given = [record[key] for key in ("image", "images") if record.get(key) not in _ABSENT]
+    if len(given) > 1:
+        raise BadData("bad_record", "both `image` and `images`")
+    images = given[0] if given else []
     names = [images] if isinstance(images, str) else images
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise BadData("bad_record", "`image` is neither a name nor a list of names")
@@ -145,7 +171,7 @@ def _llava_sample(source: Source, origin: Origin, record: Any) -> SourceSample:
         raise BadData("bad_record", f"a {type(record).__name__}, not an object")
     try:
         canonical_json(record)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadData("bad_record", f"holds what is no text or number: {error}") from error
     root = Path(source.root)
     images = [
@@ -170,7 +196,7 @@ def read_samples(source: Source) -> Iterator[SourceSample | Unreadable]:
         return
     path = Path(source.path)
     for number, record in _llava_records(path):
-        origin = Origin(source.priority, source.name, path.name, number)
+        origin = Origin(source.priority, source.name, uri_of(Path(path.name)), number)
         try:
             yield _llava_sample(source, origin, record)
         except BadData as error:
@@ -178,14 +204,24 @@ def read_samples(source: Source) -> Iterator[SourceSample | Unreadable]:
 
 
 def sampling_key(seed: int, origin: Origin) -> bytes:
-    """Rank of a sample under `--limit`: the N smallest are taken, so a larger N takes all that a smaller one took."""
+    """Rank of a record under `--limit`: the N smallest are taken, so a larger N takes all that a smaller one took."""
     return digest([seed, origin.source, origin.name, origin.offset])
+
+
+def take_samples(source: Source, limit: int | None, seed: int) -> Iterable[SourceSample | Unreadable]:
+    """What a run takes of a source: all its records, or a seeded sample of `limit` of them."""
+    if limit is None:
+        return read_samples(source)
+    return heapq.nsmallest(limit, read_samples(source), key=lambda item: sampling_key(seed, item.origin))
 
 
 @beam.typehints.with_output_types(SourceSample)
 class _ReadSource(beam.DoFn):
+    def __init__(self, limit: int | None, seed: int) -> None:
+        self._limit, self._seed = limit, seed
+
     def process(self, source: Source) -> Iterator[Any]:
-        for item in read_samples(source):
+        for item in take_samples(source, self._limit, self._seed):
             if isinstance(item, Unreadable):
                 message = str(item.error)
                 yield from died("sample", b"", STAGE, item.error.code, item.origin, message)
@@ -194,20 +230,12 @@ class _ReadSource(beam.DoFn):
                 yield item
 
 
-def _rank(sample: SourceSample, seed: int) -> tuple[str, tuple[bytes, SourceSample]]:
-    return sample.origin.source, (sampling_key(seed, sample.origin), sample)
-
-
-def _unrank(ranked: tuple[str, list[tuple[bytes, SourceSample]]]) -> list[SourceSample]:
-    return [sample for _, sample in ranked[1]]
-
-
 @dataclass
 class ReadSamples(beam.PTransform):
     """PCollection[Source] -> Outcome of SourceSample.
 
-    Dropped: records that are no sample (dead letters); beyond `limit`, all but a seeded sample per source, without a trace: they
-    are not input. Shuffled: nothing without a limit. Batch only: it lists what is there when it runs.
+    Dropped: records that are no sample (dead letters); beyond `limit`, all but a seeded sample of each source's records, without a
+    trace: they are not input. Shuffled: nothing. Batch only: it lists what is there when it runs.
     """
 
     limit: int | None = None
@@ -215,15 +243,7 @@ class ReadSamples(beam.PTransform):
 
     @no_annotations
     def expand(self, sources: beam.PCollection[Source]) -> Outcome:
-        read = sources | "ReadSource" >> beam.ParDo(_ReadSource()).with_outputs(
+        read = sources | "ReadSource" >> beam.ParDo(_ReadSource(self.limit, self.seed)).with_outputs(
             DECISIONS, DEAD, main="samples"
         )
-        samples = read.samples
-        if self.limit is not None:
-            samples = (
-                samples
-                | "Rank" >> beam.Map(_rank, seed=self.seed)
-                | "TakeLimit" >> beam.combiners.Top.SmallestPerKey(self.limit)
-                | "Unrank" >> beam.FlatMap(_unrank).with_output_types(SourceSample)
-            )
-        return Outcome(samples, read[DECISIONS], read[DEAD])
+        return Outcome(read.samples, read[DECISIONS], read[DEAD])

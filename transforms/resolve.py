@@ -161,8 +161,9 @@ def resolve_sample(
 
 
 def collapse_equal(samples: Iterable[Sample]) -> tuple[Sample, list[Decision]]:
-    """Of equal samples the first by origin, naming all ids it stands for, and decisions on the others."""
+    """Of equal samples the first by origin, with all the ids it stands for and all their licences; and decisions on the others."""
     first, *others = sorted(samples, key=lambda sample: sample.origin)
+    licenses = sorted({sample.license for sample in (first, *others) if sample.license})
     from_ids = sorted({from_id for sample in (first, *others) for from_id in sample.from_ids})
     rows = [
         decision(
@@ -176,7 +177,7 @@ def collapse_equal(samples: Iterable[Sample]) -> tuple[Sample, list[Decision]]:
         )
         for other in others
     ]
-    return first._replace(from_ids=from_ids), rows
+    return first._replace(from_ids=from_ids, license="; ".join(licenses)), rows
 
 
 def _explode(sample: SourceSample) -> Iterator[tuple[bytes, tuple[bytes, int]]]:

@@ -1,13 +1,14 @@
 """Settle: once the media are written, the last word on every sample and every kept image."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import apache_beam as beam
-from apache_beam.pvalue import AsIter, TaggedOutput
+from apache_beam.pvalue import AsSingleton, TaggedOutput
 from apache_beam.typehints.decorators import no_annotations
 
+from shards.errors import RunFailed
 from shards.records import Sample, TaggedImage
 from transforms.fates import DEAD, DECISIONS, Outcome, dead_letter, decision
 
@@ -17,50 +18,50 @@ STAGE = "settle"
 class _DropVoid(beam.DoFn):
     """`void`: ids of the few images that changed between reading and writing."""
 
-    def process(self, sample: Sample, void: Iterable[bytes]) -> Iterator[Any]:
-        changed = sorted(set(sample.image_ids) & set(void))
-        if not changed:
+    def __init__(self, on_missing: str) -> None:
+        self._on_missing = on_missing
+
+    def process(self, sample: Sample, void: Set[bytes]) -> Iterator[Any]:
+        changed = next((image_id for image_id in sorted(sample.image_ids) if image_id in void), None)
+        is_input = sample.provenance.generator == "source"
+        if changed is None:
             yield sample
-            if sample.provenance.generator == "source":
+            if is_input:
                 yield TaggedOutput(
                     DECISIONS, decision("sample", "kept", sample.sample_id, STAGE, "kept", sample.origin)
                 )
-        elif sample.provenance.generator == "source":
+            return
+        if self._on_missing == "fail":
+            raise RunFailed(
+                f"{sample.origin.name}: an image changed while the run read it; --on-missing-image is fail"
+            )
+        code = "image_source_changed"
+        if is_input:
             yield TaggedOutput(
                 DECISIONS,
-                decision(
-                    "sample",
-                    "dead",
-                    sample.sample_id,
-                    STAGE,
-                    "image_source_changed",
-                    sample.origin,
-                    other_id=changed[0],
-                ),
+                decision("sample", "dead", sample.sample_id, STAGE, code, sample.origin, other_id=changed),
             )
         else:
             yield TaggedOutput(
-                DEAD,
-                dead_letter(
-                    sample.sample_id, STAGE, "image_source_changed", sample.origin, "its image is gone"
-                ),
+                DEAD, dead_letter(sample.sample_id, STAGE, code, sample.origin, "its image is gone")
             )
 
 
 @dataclass
 class SettleSamples(beam.PTransform):
-    """PCollection[Sample] -> Outcome of Sample: all but those that name a void image. Nothing is shuffled.
+    """{samples, void} -> Outcome of Sample: all but those that name a void image. Nothing is shuffled.
 
     Only source samples get decision rows; synthesised ones are no input and are counted apart.
     """
 
-    void: beam.PCollection[bytes]
+    on_missing: Literal["drop", "fail"] = "drop"
 
     @no_annotations
-    def expand(self, samples: beam.PCollection[Sample]) -> Outcome:
-        settled = samples | "DropVoid" >> beam.ParDo(_DropVoid(), AsIter(self.void)).with_output_types(
-            Sample
-        ).with_outputs(DECISIONS, DEAD, main="samples")
+    def expand(self, inputs: dict[str, beam.PCollection]) -> Outcome:
+        void = AsSingleton(inputs["void"] | "VoidSet" >> beam.combiners.ToSet())
+        settled = inputs["samples"] | "DropVoid" >> beam.ParDo(
+            _DropVoid(self.on_missing), void
+        ).with_output_types(Sample).with_outputs(DECISIONS, DEAD, main="samples")
         return Outcome(settled.samples, settled[DECISIONS], settled[DEAD])
 
 

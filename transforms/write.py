@@ -91,24 +91,23 @@ class _WriteMedia(beam.DoFn):
 
 @dataclass
 class WriteMedia(beam.PTransform):
-    """PCollection[NamedImage] -> (ShardFiles, dead letters of images that changed since they were read).
+    """{images, num_shards} -> (ShardFiles, dead letters of images that changed since they were read).
 
-    Shuffled: references, by shard; each writer reads the bytes again. `num_shards` is a one-element PCollection.
+    `images` are NamedImages, `num_shards` one int. Shuffled: references, by shard; each writer reads the bytes again.
     """
 
     to: Destination
     max_bytes: int
     max_shard_bytes: int
-    num_shards: beam.PCollection[int]
 
     @no_annotations
-    def expand(self, images: beam.PCollection[NamedImage]) -> tuple[beam.PCollection, beam.PCollection]:
+    def expand(self, inputs: dict[str, beam.PCollection]) -> tuple[beam.PCollection, beam.PCollection]:
         written = (
-            images
+            inputs["images"]
             | "ByShard"
             >> beam.Map(
                 lambda image, num_shards: (shard_of(image.image_id, num_shards), image),
-                num_shards=AsSingleton(self.num_shards),
+                num_shards=AsSingleton(inputs["num_shards"]),
             ).with_output_types(tuple[int, NamedImage])
             | "GroupByShard" >> beam.GroupByKey()
             | "WritePack"
@@ -170,20 +169,23 @@ _ROWS: dict[str, tuple[Any, Callable[[Any], bytes], Callable[..., ShardFile]]] =
 
 @dataclass
 class WriteRows(beam.PTransform):
-    """PCollection of Sample, Decision or DeadLetter, as `kind` says -> PCollection[ShardFile]. Shuffled: the rows, by shard."""
+    """{rows, num_shards} -> PCollection[ShardFile]. `rows` are Samples, Decisions or DeadLetters, as `kind` says.
+
+    Shuffled: the rows, by shard.
+    """
 
     kind: str
     to: Destination
-    num_shards: beam.PCollection[int]
 
-    def expand(self, rows: beam.PCollection[Any]) -> beam.PCollection[ShardFile]:
+    @no_annotations
+    def expand(self, inputs: dict[str, beam.PCollection]) -> beam.PCollection[ShardFile]:
         record, shard_key, write = _ROWS[self.kind]
         return (
-            rows
+            inputs["rows"]
             | "ByShard"
             >> beam.Map(
                 lambda row, num_shards: (shard_of(shard_key(row), num_shards), row),
-                num_shards=AsSingleton(self.num_shards),
+                num_shards=AsSingleton(inputs["num_shards"]),
             ).with_output_types(beam.typehints.Tuple[int, record])
             | "GroupByShard" >> beam.GroupByKey()
             | "WriteShard"

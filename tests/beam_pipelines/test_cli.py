@@ -71,6 +71,9 @@ def test_damage_is_named_and_exit_code_is_one(
         (["curate", "--help-me"], "--help"),
         (["train", "--data", "nowhere", "--output", "{tmp}/m"], "nowhere"),
         (["train", "--stepz", "3"], "--max-steps"),
+        (["demo", "--max-samples", "-1", "--output", "{tmp}/d"], "max-samples"),
+        (["verify", "{out}", "--", "--runner=x"], "only curate"),
+        (["export", "{out}", "--output", "/proc/x/y"], "cannot be written"),
     ],
 )
 def test_bad_requests(
@@ -121,10 +124,10 @@ def test_demo_finds_what_it_planted(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         fate.startswith("dead: ") for fate in summary["broken"].values()
     )
     assert (tmp_path / "demo" / "shards" / "report.html").exists()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "thesis.tex").touch()
+    (tmp_path / "other" / "input").mkdir(parents=True)
+    (tmp_path / "other" / "input" / "mine.jpg").touch()
     assert run(["demo", "--output", str(tmp_path / "other")]) == 2
-    assert (tmp_path / "other" / "thesis.tex").exists()
+    assert (tmp_path / "other" / "input" / "mine.jpg").exists()
 
 
 def test_an_interrupted_training_run_is_130(out: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +17,16 @@ from PIL import Image
 from beam_pipelines.curate_images import curate
 from beam_pipelines.options import parse_options
 from beam_pipelines.planting import BROKEN, CHANGES, flatten, invoice, png
-from shards.errors import BadRequest
+from images.fetch import fetch_again
+from shards.errors import BadData, BadRequest, RunFailed
+from shards.files import uri_of
 from shards.ids import image_id_of
 from shards.media import read_pack
-from shards.snapshot import Snapshot, open_snapshot
+from shards.records import MediaRef
+from shards.snapshot import Snapshot, commit, open_snapshot
 from shards.verify import verify_snapshot
+from transforms import commit as commit_stage
+from transforms import read, write
 
 CHANGED = ("jpeg30", "half", "grey", "crop50")
 
@@ -115,11 +121,8 @@ def test_every_file_of_the_folder_has_the_fate_it_should(snapshot: Snapshot) -> 
     assert all(found[name][0] == "duplicate" and found[name][1].startswith("near_") for name in near)
     assert found["same.png"] == ("duplicate", "same_bytes")
     kept = {"crop50.img", "invoice0.png", "invoice1.png", "invoice2.png"}
-    odd = {os.fsencode(name).decode("utf-8", "backslashreplace") for name in odd_images()}
-    # A pixel and a strip have no structure that could tell them from a smooth ramp: perceptual hashes take them for copies.
-    smooth = {"tiny.png", "strip.png"}
-    assert {found.pop(name)[1] for name in smooth} == {"near_phash"}
-    assert {name for name, (fate, _) in found.items() if fate == "kept"} == (kept | odd) - smooth
+    odd = {uri_of(Path(name)) for name in odd_images()}
+    assert {name for name, (fate, _) in found.items() if fate == "kept"} == kept | odd
     assert found["unreadable.png"] == ("dead", "file_missing")
     dead = {code for fate, code in found.values() if fate == "dead"}
     assert dead == {
@@ -181,21 +184,21 @@ def digest(snapshot: Snapshot) -> list[tuple[str, str]]:
     return [(file.path, file.sha256) for file in snapshot.manifest.files()]
 
 
-def shuffled_copy(inputs: list[str], to: Path) -> list[str]:
-    """The same sources elsewhere, written in another order."""
-    moved = []
+def moved(inputs: list[str], to: Path) -> list[str]:
+    """The same sources in another place."""
+    there = []
     for text in inputs:
         name, path = text.split("=", 1)
         source = Path(path) if Path(path).is_dir() else Path(path).parent
         target = to / name
         target.mkdir(parents=True)
-        for file in sorted(source.iterdir(), key=lambda f: image_id_of(os.fsencode(f.name))):
+        for file in source.iterdir():
             if file.is_symlink():
                 (target / file.name).symlink_to(to / "nowhere")
             else:
                 (target / file.name).write_bytes(file.read_bytes())
-        moved.append(f"{name}={target if Path(path).is_dir() else target / Path(path).name}")
-    return moved
+        there.append(f"{name}={target if Path(path).is_dir() else target / Path(path).name}")
+    return there
 
 
 MODES = {
@@ -211,11 +214,61 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_same_input_gives_the_same_bytes(
-    inputs: list[str], snapshot: Snapshot, tmp_path: Path, mode: str
+    inputs: list[str], snapshot: Snapshot, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    again = run(shuffled_copy(inputs, tmp_path / "in"), tmp_path / "out", *MODES[mode])
+    in_order = read.read_samples
+    monkeypatch.setattr(read, "read_samples", lambda source: reversed(list(in_order(source))))
+    again = run(moved(inputs, tmp_path / "in"), tmp_path / "out", *MODES[mode])
     assert again.id == snapshot.id
     assert digest(again) == digest(snapshot)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_retried_commit_changes_nothing(
+    inputs: list[str], snapshot: Snapshot, tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = []
+
+    def failing_once(*arguments: Any) -> Any:
+        tries.append(1)
+        if len(tries) == 1 and when == "before":
+            raise OSError("injected")
+        manifest = commit(*arguments)
+        if len(tries) == 1:
+            raise OSError("injected")
+        return manifest
+
+    monkeypatch.setattr(commit_stage, "commit", failing_once)
+    again = run(inputs, tmp_path / "out", *MODES["bundle_based"])
+    assert len(tries) == 2
+    assert (again.id, digest(again)) == (snapshot.id, digest(snapshot))
+    assert verify_snapshot(again) == []
+
+
+@pytest.mark.parametrize("on_missing", ["drop", "fail"])
+def test_an_image_that_changes_during_the_run_takes_its_samples_along(
+    inputs: list[str], tmp_path: Path, on_missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(inputs[1].split("=")[1])
+
+    def changed(ref: MediaRef, image_id: bytes, max_bytes: int) -> bytes:
+        if ref.uri.endswith("invoice1.png"):
+            raise BadData("source_changed", "holds other bytes", image_id)
+        return fetch_again(ref, image_id, max_bytes)
+
+    monkeypatch.setattr(write, "fetch_again", changed)
+    if on_missing == "fail":
+        for index in range(3):
+            (tmp_path / f"invoice{index}.png").write_bytes((folder / f"invoice{index}.png").read_bytes())
+        with pytest.raises(RunFailed, match=r"invoice1\.png: an image changed"):
+            run([f"{tmp_path}/*.png"], tmp_path / "out", on_missing_image="fail")
+        assert not (tmp_path / "out" / "CURRENT").exists()
+        return
+    left = run([f"folder={folder}"], tmp_path / "out")
+    assert fates(left, "image", "folder")["invoice1.png"] == ("dead", "source_changed")
+    assert fates(left, "sample", "folder")["invoice1.png#0"] == ("dead", "image_source_changed")
+    assert fates(left, "image", "folder")["invoice0.png"] == ("kept", "kept")
+    assert verify_snapshot(left) == []
 
 
 def shardmill(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -282,6 +335,13 @@ def test_a_second_run_replaces_the_first_and_both_can_be_opened(
         open_snapshot(f"{out}@ffff")
 
 
+def test_a_limit_is_a_bound_and_what_is_counted_is_what_is_read(inputs: list[str], tmp_path: Path) -> None:
+    limited = run(inputs, tmp_path / "out", limit=4)
+    assert limited.manifest.funnels["sample"].input == 8
+    counted = json.loads((tmp_path / "out" / "metrics.json").read_text())["images"]
+    assert limited.manifest.funnels["image"].input == counted
+
+
 def test_dry_run_writes_nothing(inputs: list[str], tmp_path: Path) -> None:
     assert curate(parse_options({"input": inputs, "output": str(tmp_path / "out"), "dry_run": True})) is None
     assert not list(tmp_path.iterdir())
@@ -304,6 +364,11 @@ def test_dry_run_writes_nothing(inputs: list[str], tmp_path: Path) -> None:
         (["--input", "{in}", "--vlm-base-url", "http://127.0.0.1:9"], "127.0.0.1:9"),
         (["--input", "{in}", "--", "--direct_num_wrokers=2"], "not an option of Beam"),
         (["--input", "{in}/d.json", "--image-root", "{in}"], "none of the first images"),
+        (["--input", "{in}/e.json"], "no LLaVA JSON"),
+        (["--input", "{in}/*.json"], "matches JSON"),
+        (["--input", "{in}/**/*", "--output", "{in}/out"], "lies inside --input"),
+        (["--input", "{in}", "--output", "{in}out/" + "x" * 300], "no name that a file system takes"),
+        (["--input", "{in}", "--vlm-timeout-s", "inf"], "finite"),
         ([], "--input is missing"),
     ],
 )
@@ -316,6 +381,7 @@ def test_bad_requests_are_one_line_and_write_nothing(
     folder.mkdir()
     (folder / "a.png").write_bytes(png(Image.new("RGB", (9, 9))))
     (folder / "d.json").write_text('[{"image": "x.png"}]')
+    (folder / "e.json").write_text('{\n"data": [\n3\n]\n}')
     before = sorted(tmp_path.rglob("*"))
     filled = [text.replace("{in}", str(folder)) for text in arguments]
     if "--output" not in filled:
