@@ -53,7 +53,7 @@ def _flags_of(model: type[BaseModel]) -> list[inspect.Parameter]:
     for name, field in model.model_fields.items():
         shown = (
             ""
-            if field.default in (None, "", []) or field.is_required()
+            if field.default in (None, "", []) or field.default is False or field.is_required()
             else f" [default: {_shown(field.default)}]"
         )
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}

@@ -59,7 +59,7 @@ def _weights() -> Iterator[Check]:
 
 
 def _devices() -> Iterator[Check]:
-    from embeddings.encoder import devices
+    from embeddings.backbone import devices
 
     yield Check("devices", True, ", ".join(devices()))
 

@@ -61,7 +61,9 @@ def bare_loop(references: list[SourceImage], encoder: Encoder) -> tuple[float, f
     return time.perf_counter() - started, encoding
 
 
-def through_pipeline(references: list[SourceImage], encoder: Encoder) -> tuple[float, dict[str, float]]:
+def through_pipeline(
+    references: list[SourceImage], encoder: Encoder, spec: EncoderSpec
+) -> tuple[float, dict[str, float]]:
     """Seconds in all, and where they went by Beam's own metrics."""
     started = time.perf_counter()
     pipeline = beam.Pipeline(runner="FnApiRunner")
@@ -69,7 +71,7 @@ def through_pipeline(references: list[SourceImage], encoder: Encoder) -> tuple[f
         pipeline
         | beam.Create(references)
         | DistinctReferences()
-        | EmbedImages(EncoderSpec(), encoder.geometry, encoder.images_at_once, Limits())
+        | EmbedImages(spec, encoder.geometry, encoder.images_at_once, Limits())
     )
     result = pipeline.run()
     result.wait_until_finish()
@@ -85,20 +87,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
+    spec = EncoderSpec(device=arguments.device)
     print(describe("apache-beam", "torch", "timm", "pillow"))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "in"
         folder.mkdir()
         references = make_jpegs(folder, arguments.images)
-        encoder = load_encoder(EncoderSpec())
+        encoder = load_encoder(spec)
         bare_loop(references[:64], encoder)
         ratios, whole = [], []
         for number in range(arguments.rounds):
             bare, encoding = bare_loop(references, encoder)
-            piped, parts = through_pipeline(references, encoder)
+            piped, parts = through_pipeline(references, encoder, spec)
             started = time.perf_counter()
-            options = {"input": [str(folder)], "output": f"{temporary}/out{number}"}
+            options = {"input": [str(folder)], "output": f"{temporary}/out{number}", "device": spec.device}
             curate(parse_options(options), console=Console(quiet=True))
             job = time.perf_counter() - started
             ratios.append(bare / piped)

@@ -1,4 +1,4 @@
-"""timm models by name, with weights from the model hub, a file, or an installed package."""
+"""timm models by name, with weights from the model hub, a file, or an installed package; and the devices to run them on."""
 
 import difflib
 import hashlib
@@ -130,3 +130,22 @@ def _from_hub(name: str, asked_by: str) -> nn.Module:
             f"{asked_by} {name}: weights cannot be had from the model hub ({type(error).__name__}); "
             f"models whose weights come in a package: {packages}"
         ) from error
+
+
+def torch_device(name: str) -> torch.device:
+    """The device of that name. Raises BadRequest where it cannot be had."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
+        reason = str(error).splitlines()[0]
+        raise BadRequest(
+            f"--device {name}: cannot be had here ({reason}); --device cpu always can"
+        ) from error
+    return device
+
+
+def devices() -> list[str]:
+    """Devices that a model can be asked to run on here, with the names of their hardware."""
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return ["cpu", *(f"cuda:{index} ({name})" for index, name in enumerate(names))]

@@ -15,7 +15,7 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from torch import nn
 
-from embeddings.backbone import load_backbone
+from embeddings.backbone import load_backbone, torch_device
 from shards.errors import BadRequest
 from shards.ids import digest
 from shards.records import Geometry
@@ -49,7 +49,7 @@ class Encoder:
     """
 
     def __init__(self, spec: EncoderSpec) -> None:
-        self.device = _device(spec.device)
+        self.device = torch_device(spec.device)
         self.batch_size = spec.batch_size or (8 if self.device.type == "cpu" else 128)
         self.name = spec.name
         model, self.weights_sha256 = load_backbone(spec.name, spec.weights)
@@ -123,28 +123,10 @@ class Encoder:
         return pooled
 
 
-def devices() -> list[str]:
-    """Devices an encoder can be asked to run on here, with the names of their hardware."""
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return ["cpu", *(f"cuda:{index} ({name})" for index, name in enumerate(names))]
-
-
 @functools.lru_cache(maxsize=1)
 def load_encoder(spec: EncoderSpec) -> Encoder:
     """The encoder of a spec, loaded once per process."""
     return Encoder(spec)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
-        reason = str(error).splitlines()[0]
-        raise BadRequest(
-            f"--device {name}: cannot be had here ({reason}); --device cpu always can"
-        ) from error
-    return device
 
 
 def _geometry(name: str, config: dict[str, object]) -> Geometry:

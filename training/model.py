@@ -56,19 +56,6 @@ class VisionLanguageModel(NamedTuple):
         return self.tower.grid[0] * self.tower.grid[1]
 
 
-def torch_device(name: str) -> torch.device:
-    """The device of that name. Raises BadRequest where it cannot be had."""
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
-        reason = str(error).splitlines()[0]
-        raise BadRequest(
-            f"--device {name}: cannot be had here ({reason}); --device cpu always can"
-        ) from error
-    return device
-
-
 def frozen_dtype(device: torch.device) -> torch.dtype:
     """What frozen weights are kept in: bfloat16 on CUDA, float32 elsewhere."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32

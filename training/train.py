@@ -28,6 +28,7 @@ def main(options: TrainOptions) -> int:
     import torch
     from transformers.utils import logging as transformers_logging
 
+    from embeddings.backbone import torch_device
     from training.captions import Caption, answer, reference, write_captions
     from training.card import model_card
     from training.data import batches, endless, split_for_captions, usable_samples
@@ -38,7 +39,6 @@ def main(options: TrainOptions) -> int:
         learned_parameters,
         next_token_loss,
         save_model,
-        torch_device,
     )
     from training.tokens import ChatEncoder
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from embeddings.backbone import load_backbone
+from embeddings.backbone import load_backbone, torch_device
 from images.decode import model_input
 from shards.errors import BadRequest
 from shards.snapshot import open_snapshot
@@ -19,7 +19,6 @@ from training.model import (
     load_tower,
     next_token_loss,
     save_model,
-    torch_device,
 )
 
 
