@@ -5,7 +5,7 @@ from typing import Any
 
 FATE_MEANINGS: Mapping[str, str] = {
     "kept": "It is in the shards.",
-    "duplicate": "Something that says the same is in the shards instead of it.",
+    "duplicate": "Another image or sample stands for it, the one in `other_id`.",
     "filtered": "Nothing is wrong with it, and a rule left it out.",
     "dead": "It could not be used; nothing else was lost with it.",
 }

@@ -1,4 +1,4 @@
-"""What several rooms' tests share: real images, and a small real run."""
+"""What several rooms' tests share: real images."""
 
 from pathlib import Path
 

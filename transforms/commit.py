@@ -59,7 +59,7 @@ def build_manifest(
     fates: Mapping[str, int],
     inputs: Mapping[str, int],
     live: Iterable[tuple[int, int, bytes]],
-    tombstones: Iterable[bytes],
+    tombstones: Iterable[str],
     synthesised: int,
     encoders: Sequence[str],
     options: Mapping[str, Any],
@@ -85,7 +85,7 @@ def build_manifest(
         media_index=by_kind["media_index"],
         live_images=sum(count for _, count, _ in buckets),
         live_images_sha256=hashlib.sha256(b"".join(digest for _, _, digest in buckets)).hexdigest(),
-        tombstones=sorted(image_id.hex() for image_id in tombstones),
+        tombstones=sorted(tombstones),
         options=options,
         funnels={unit: funnel_of(by_unit[unit], inputs[unit], unit) for unit in by_unit},
         codes=dict(sorted(fates.items())),
@@ -134,7 +134,7 @@ class _Commit(beam.DoFn):
         image_inputs: int,
         sample_inputs: int,
         live: Iterable[tuple[int, int, bytes]],
-        tombstones: Iterable[bytes],
+        tombstones: Iterable[str],
         synthesised: int,
         encoders: Iterable[str],
         messages: Iterable[tuple[str, list[DeadLetter]]],
@@ -178,6 +178,9 @@ class Commit(beam.PTransform):
             >> beam.Map(lambda d: (f"{d.stage}/{d.code}", d)).with_output_types(tuple[str, DeadLetter])
             | "FewPerCode" >> beam.combiners.Top.SmallestPerKey(MESSAGES_PER_CODE)
         )
+        # Through a step of their own: BundleBasedDirectRunner gives a side input that is one of several outputs of a ParDo the
+        # elements of all of them, or none, as the hash seed falls (EvaluationContext.handle_result looks at the first output only).
+        tombstones = inputs["tombstones"] | "TombstoneNames" >> beam.Map(bytes.hex).with_output_types(str)
         encoders = inputs["encoders"] | "DistinctEncoders" >> beam.Distinct()
         return (
             inputs["files"].pipeline
@@ -190,7 +193,7 @@ class Commit(beam.PTransform):
                 image_inputs=count("images"),
                 sample_inputs=count("samples"),
                 live=AsIter(inputs["live"] | "LiveDigests" >> DigestIds()),
-                tombstones=AsIter(inputs["tombstones"]),
+                tombstones=AsIter(tombstones),
                 synthesised=count("synthesised"),
                 encoders=AsIter(encoders),
                 messages=AsIter(messages),

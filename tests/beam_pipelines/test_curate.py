@@ -288,12 +288,15 @@ def test_a_missing_image_can_fail_the_run(inputs: list[str], tmp_path: Path) -> 
     assert not (tmp_path / "out" / "CURRENT").exists() and not (tmp_path / "out" / ".staging").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--workers", "2"], ["--", "--runner", "DirectRunner"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--workers", "2"], ["--", "--runner", "DirectRunner"], ["--", "--runner=BundleBasedDirectRunner"]],
+)
 def test_worker_processes_and_another_hash_seed_give_the_same_bytes(
     inputs: list[str], snapshot: Snapshot, tmp_path: Path, arguments: list[str]
 ) -> None:
     flags = [text for path in inputs for text in ("--input", path)]
-    done = shardmill(*flags, "--output", str(tmp_path / "out"), *arguments, PYTHONHASHSEED="17")
+    done = shardmill(*flags, "--output", str(tmp_path / "out"), *arguments, PYTHONHASHSEED="0")
     assert done.returncode == 0, done.stderr
     again = open_snapshot(str(tmp_path / "out"))
     assert (again.id, digest(again)) == (snapshot.id, digest(snapshot))
