@@ -1,6 +1,7 @@
 """The `shardmill` command. Imports neither torch nor Beam until a command that needs them runs."""
 
 import inspect
+import logging
 import os
 import subprocess
 import sys
@@ -156,9 +157,13 @@ def curate(values: dict[str, Any]) -> None:
 
     _say(funnel_text(snapshot.manifest))
     _say(f"snapshot {snapshot.id[:12]} in {options.output}")
-    _say(
-        f"next: shardmill report {options.output}   or   shardmill train --data {options.output} --output model/"
-    )
+    _say(f"next: shardmill report {options.output}")
+    if any(sample.conversation for sample in snapshot.samples()):
+        _say(f"      shardmill train --data {options.output} --output model/")
+    else:
+        _say(
+            "      no sample has a conversation to train on: give LLaVA JSON, or --vlm-base-url to have some made"
+        )
 
 
 @app.command(
@@ -260,7 +265,9 @@ def doctor() -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Run a command line, give its exit code. What was asked wrongly is one line on standard error."""
-    command_line = list(argv)
+    command_line = list(argv) or ["--help"]
+    # Beam says at import what it lacks for a cloud that nobody asked for.
+    logging.getLogger().setLevel(logging.ERROR)
     if "--" in command_line:
         split = command_line.index("--")
         _beam_args[:] = command_line[split + 1 :]

@@ -120,7 +120,8 @@ def main(argv: list[str] | None = None) -> int:
     os.dup2(2, 1)
     server = _serve(weights, port)
     print(json.dumps({"base_url": server.listening_address}), file=announce, flush=True)
-    while not stop.wait(0.5):  # a signal that arrives as an endless wait begins is seen only when the wait ends
+    # A signal that arrives as an endless wait begins is seen only when the wait ends.
+    while not stop.wait(0.5):
         pass
     sys.stderr.flush()
     # Not sys.exit: llama.cpp's worker threads are still running, and tearing the interpreter down under them can hang.

@@ -15,7 +15,7 @@ from apache_beam.typehints.decorators import no_annotations
 
 from shards.files import write_atomically
 from shards.records import DeadLetter, Decision, ShardFile
-from shards.snapshot import Destination, Manifest, commit, funnel_of
+from shards.snapshot import Destination, Manifest, commit, funnel_of, snapshot_id_of
 
 MESSAGES_PER_CODE = 5
 _VERSIONED = ("shardmill", "apache-beam", "pyarrow", "pillow", "torch", "timm", "numpy")
@@ -143,9 +143,9 @@ class _Commit(beam.DoFn):
         unnamed = build_manifest(
             files, dict(fates), inputs, live, tombstones, synthesised, list(encoders), self._facts.options
         )
-        metrics = _metrics_json(
-            unnamed, messages, self._facts
-        )  # before the commit: what fails here leaves no half-told run
+        # Before the commit: what fails here leaves no half-told run.
+        named = unnamed._replace(snapshot_id=snapshot_id_of(unnamed))
+        metrics = _metrics_json(named, messages, self._facts)
         manifest = commit(self._to, self._facts.base, unnamed)
         write_atomically(Path(self._to.out) / "metrics.json", metrics)
         yield manifest.snapshot_id

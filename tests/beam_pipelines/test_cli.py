@@ -86,6 +86,11 @@ def test_bad_requests(
     assert not list(tmp_path.iterdir())
 
 
+def test_no_arguments_show_the_help(capfd: pytest.CaptureFixture[str]) -> None:
+    shown = said(capfd)
+    assert "Commands:" in shown and len(shown.splitlines()) > 15
+
+
 def test_help_of_every_command_has_an_example(capfd: pytest.CaptureFixture[str]) -> None:
     for command in ("demo", "curate", "train", "report", "explain", "verify", "export", "doctor"):
         shown = said(capfd, command, "--help")
@@ -123,7 +128,8 @@ def test_demo_finds_what_it_planted(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(summary["broken"]) == 6 and all(
         fate.startswith("dead: ") for fate in summary["broken"].values()
     )
-    assert (tmp_path / "demo" / "shards" / "report.html").exists()
+    page = (tmp_path / "demo" / "shards" / "report.html").read_text()
+    assert "no picture" not in page and page.count("data:image/jpeg") > 20
     (tmp_path / "other" / "input").mkdir(parents=True)
     (tmp_path / "other" / "input" / "mine.jpg").touch()
     assert run(["demo", "--output", str(tmp_path / "other")]) == 2

@@ -168,6 +168,7 @@ def test_funnels_media_and_tables_agree(snapshot: Snapshot) -> None:
     assert {(r["source"], r["name"]) for r in snapshot.table("dead").to_pylist()} == dead
     assert verify_snapshot(snapshot) == []
     assert not (snapshot.out / ".staging").exists()
+    assert json.loads((snapshot.out / "metrics.json").read_text())["snapshot_id"] == snapshot.id
 
 
 def test_nothing_of_this_machine_is_in_the_snapshot(snapshot: Snapshot) -> None:
