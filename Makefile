@@ -20,6 +20,7 @@ $(VENV)/bin/python:
 
 # torch, torchvision and timm come in one command, so that their builds match.
 $(VENV)/.installed-%: setup.py constraints.txt | $(VENV)/bin/python
+	@echo "installing about 6 GB into $(VENV), once; it takes some minutes"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH) torch torchvision timm -e '.[$*]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(OVER_PINS)
 	@touch $@

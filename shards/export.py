@@ -99,7 +99,8 @@ def export_hf(snapshot: Snapshot, folder: Path) -> Exported:
         if rows or not count:
             flush()
     return Exported(
-        count, f'datasets.load_dataset("parquet", data_files="{folder}/*.parquet", split="train")'
+        count,
+        f'pip install datasets pillow; datasets.load_dataset("parquet", data_files="{folder}/*.parquet", split="train")',
     )
 
 

@@ -40,7 +40,7 @@ def test_every_command_says_what_it_made_and_what_is_next(
     assert str(tmp_path / "r.html") in shown and "next:" in shown
     assert (tmp_path / "r.html").read_text().startswith("<!DOCTYPE html>")
     shown = said(capfd, "export", str(out), "--output", str(tmp_path / "hf"))
-    assert "6 samples" in shown and "next: datasets.load_dataset" in shown
+    assert "6 samples" in shown and "datasets.load_dataset" in shown
     assert "unknown_format" in said(capfd, "explain", str(out), "broken.jpg")
     assert "kept" in said(capfd, "explain", f"{out}@{open_snapshot(str(out)).id[:8]}", "acorn.png")
 
