@@ -34,7 +34,6 @@ Every image has a recorded fate. Start with:
 
 app = typer.Typer(
     help=_HELP,
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -276,7 +275,7 @@ def run(argv: Sequence[str]) -> int:
             return _fail("shardmill", "only curate takes Beam's options after `--`", BAD_REQUEST)
     else:
         _beam_args.clear()
-    name = "shardmill" if not command_line else f"shardmill {command_line[0]}"
+    name = f"shardmill {command_line[0]}"
     try:
         code = typer.main.get_command(app)(command_line, prog_name="shardmill", standalone_mode=False)
         if code == INTERRUPTED:  # click's own answer to Ctrl-C
@@ -293,8 +292,7 @@ def run(argv: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _fail(name, "interrupted; what stood before still stands", INTERRUPTED)
     except UsageError as error:
-        message = error.format_message()
-        return _fail(name, message, BAD_REQUEST) if message else BAD_REQUEST  # no message: help was shown
+        return _fail(name, error.format_message(), BAD_REQUEST)
 
 
 def _fail(name: str, error: object, code: int) -> int:

@@ -215,14 +215,14 @@ def curate(
     """
     console = console or Console(stderr=True)
     job, model, pipeline_options, images = prepare(options, beam_args)
-    if options.dry_run:
-        console.print(_plan_text(job, images), highlight=False, soft_wrap=True)
-        return None
-    try:
-        job.to.staging.mkdir(parents=True)
-    except OSError as error:
-        raise BadRequest(f"--output {options.output}: cannot be written ({error.strerror})") from error
+    if not options.dry_run:
+        try:
+            job.to.staging.mkdir(parents=True)
+        except OSError as error:
+            raise BadRequest(f"--output {options.output}: cannot be written ({error.strerror})") from error
     console.print(_plan_text(job, images), highlight=False, soft_wrap=True)
+    if options.dry_run:
+        return None
 
     def construct(pipeline: beam.Pipeline) -> None:
         build(pipeline | "Sources" >> beam.Create(job.sources), job, model)

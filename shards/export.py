@@ -100,7 +100,8 @@ def export_hf(snapshot: Snapshot, folder: Path) -> Exported:
             flush()
     return Exported(
         count,
-        f'pip install datasets pillow; datasets.load_dataset("parquet", data_files="{folder}/*.parquet", split="train")',
+        f'datasets.load_dataset("parquet", data_files="{folder}/*.parquet", split="train")'
+        "  # pip install datasets pillow",
     )
 
 
