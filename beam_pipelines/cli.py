@@ -1,18 +1,21 @@
 """The `shardmill` command. Imports neither torch nor Beam until a command that needs them runs."""
 
+import contextlib
+import functools
 import inspect
 import logging
 import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
 from rich.console import Console
+from rich.progress import Progress
 
 from beam_pipelines.options import CurateOptions, flag, parse_options
 from shards.errors import BadRequest, ShardmillError
@@ -45,6 +48,14 @@ _beam_args: list[str] = []
 
 def _say(text: str) -> None:
     Console().print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+@contextlib.contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal, nothing elsewhere."""
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda: progress.advance(task)
 
 
 def _flags_of(model: type[BaseModel]) -> list[inspect.Parameter]:
@@ -211,41 +222,151 @@ def explain(
 
 
 @app.command()
-def verify(path: Annotated[str, typer.Argument(metavar="OUT", help="A run's folder, or OUT@ID.")]) -> None:
-    """Check every file of a snapshot: there, whole, with the records the manifest counts.
+def verify(
+    path: Annotated[str, typer.Argument(metavar="OUT", help="A run's folder, or OUT@ID.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Decode every image too.")] = False,
+) -> None:
+    """Check every file of a snapshot: there, whole, with the records the manifest counts, and every sample's images.
 
     shardmill verify shards/
+
+    shardmill verify shards/ --deep
     """
     from shards.snapshot import open_snapshot
     from shards.verify import verify_snapshot
 
     snapshot = open_snapshot(path)
-    faults = verify_snapshot(snapshot)
-    for fault in faults:
-        _say(str(fault))
+    decode: Callable[[bytes], object] | None = None
+    if deep:
+        from images.decode import open_image
+
+        # No cap on pixels: the one that the user chose for curation already let these images pass.
+        decode = functools.partial(open_image, max_pixels=sys.maxsize)
+    files = snapshot.files()
+    faults = 0
+    with _progress("files", len(files)) as advance:
+        for fault in verify_snapshot(snapshot, decode, lambda _: advance()):
+            _say(str(fault))
+            faults += 1
     if faults:
         raise ShardmillError(
-            f"{path}: {len(faults)} faults; run `shardmill curate` again with the same options to mend"
+            f"{path}: {faults} faults; delete the files named and run `shardmill curate` again with the same options to mend"
         )
-    _say(f"{path}: snapshot {snapshot.id[:12]} is whole: {len(snapshot.manifest.files())} files")
+    _say(f"{path}: snapshot {snapshot.id[:12]} is whole: {len(files)} files")
 
 
 @app.command()
 def export(
     path: Annotated[str, typer.Argument(metavar="OUT", help="A run's folder, or OUT@ID.")],
     output: Annotated[str, typer.Option(help="New folder for the export.")],
-    format: Annotated[str, typer.Option(help="hf or joined-tfrecord.")] = "hf",
+    format: Annotated[
+        str, typer.Option(help="hf, joined-tfrecord, webdataset, llava, messages or infinity-mm.")
+    ] = "hf",
 ) -> None:
-    """Join samples and images for other trainers.
+    """Join samples and images for other trainers, with a dataset card.
 
     shardmill export shards/ --format hf --output export/
     """
+    from rich.progress import track
+
     from shards.export import export_snapshot
+    from shards.records import Sample
     from shards.snapshot import open_snapshot
 
-    written = export_snapshot(open_snapshot(path), format, Path(output).expanduser())
-    _say(f"{written.num_records} samples in {output}")
+    console = Console(stderr=True)
+
+    def watch(samples: Iterable[Sample], total: int) -> Iterable[Sample]:
+        return track(
+            samples, "export", total, console=console, transient=True, disable=not console.is_terminal
+        )
+
+    written = export_snapshot(open_snapshot(path), format, Path(output).expanduser(), watch)
+    left_out = "".join(f"; left out: {count} {reason}" for reason, count in written.left_out.items())
+    _say(f"{written.num_records} samples in {output}{left_out}")
     _say(f"next: {written.how_to_load}")
+
+
+_UPKEEP: dict[str, Any] = {"rich_help_panel": "Upkeep"}
+
+
+@app.command(**_UPKEEP)
+def pin(
+    path: Annotated[str, typer.Argument(metavar="OUT", help="A run's folder, or OUT@ID.")],
+    name: Annotated[str, typer.Option(help="Name for the snapshot, so that OUT@NAME opens it.")] = "",
+    remove: Annotated[str, typer.Option(help="Name of a pin to remove.")] = "",
+) -> None:
+    """Keep a snapshot whatever is collected, and give it a name. Without a name, list the pins.
+
+    shardmill pin shards/ --name v1
+
+    shardmill pin shards/ --remove v1
+    """
+    from shards.collect import pin as pin_snapshot
+    from shards.collect import unpin
+    from shards.snapshot import open_snapshot, read_pins
+
+    snapshot = open_snapshot(path)
+    if remove:
+        unpin(snapshot.storage, remove)
+        _say(f"{remove} is no pin any more")
+    if name:
+        pin_snapshot(snapshot.storage, name, snapshot.id)
+        _say(f"{name} is snapshot {snapshot.id[:12]}; open it as {snapshot.storage.root}@{name}")
+    if not name and not remove:
+        for pinned, snapshot_id in sorted(read_pins(snapshot.storage).items()):
+            _say(f"{pinned}  {snapshot_id}")
+
+
+@app.command(**_UPKEEP)
+def gc(
+    path: Annotated[str, typer.Argument(metavar="OUT", help="A run's folder.")],
+    keep: Annotated[
+        int, typer.Option(min=1, help="Snapshots to keep, the last in force and those before it.")
+    ] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, remove nothing.")] = False,
+) -> None:
+    """Remove what killed runs left, and old snapshots that are not pinned with what only they name. Keeps the ledger.
+
+    shardmill gc shards/ --dry-run
+    """
+    from shards.collect import collect, find_garbage
+    from shards.snapshot import open_snapshot
+
+    storage = open_snapshot(path).storage
+    garbage = find_garbage(storage, keep)
+    for snapshot_id in garbage.snapshots:
+        _say(f"snapshot {snapshot_id[:12]}")
+    if dry_run:
+        for file in garbage.files:
+            _say(f"{file.num_bytes:>15,}  {file.path}")
+    else:
+        with _progress("files", len(garbage.files)) as advance:
+            for _ in collect(storage, garbage):
+                advance()
+    does = "would go" if dry_run else "removed"
+    _say(f"{len(garbage.files):,} files, {garbage.num_bytes:,} bytes {does}")
+
+
+@app.command(**_UPKEEP)
+def compact(path: Annotated[str, typer.Argument(metavar="OUT", help="A run's folder.")]) -> None:
+    """Pack the images of the snapshot in force as a first run would have, and merge the ledger. The snapshot keeps its id.
+
+    shardmill compact shards/
+    """
+    import uuid
+
+    from shards.compact import compact as compact_storage
+    from shards.snapshot import Destination, open_snapshot
+    from shards.storage import rooted
+
+    to = Destination(rooted(open_snapshot(path).storage.root), uuid.uuid4().hex)
+    with to.storage.hold(to.token):
+        done = compact_storage(to)
+    _say(
+        f"{done.packs_before} packs are {done.packs_after} now, without {done.tombstones} images that no sample names;"
+        f" {done.segments} ledger segments merged"
+    )
+    _say(f"next: shardmill gc {path}  # removes the old packs")
 
 
 @app.command()

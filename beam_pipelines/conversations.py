@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_pipelines.batches import batches, open_file, smallest
+from beam_pipelines.choice import smallest
 from beam_pipelines.thumbnails import Pictures, Thumbnail
 from shards.snapshot import Snapshot
+from shards.tables import open_table
 
 MAX_MADE, MAX_READ = 24, 12
 MAX_IMAGES, MAX_SAMPLES, MAX_TAGS = 4, 4, 40
@@ -46,7 +47,7 @@ def survey_samples(snapshot: Snapshot) -> Survey:
     silent = untagged = 0
     made = spoken = pa.array([], pa.string())
     columns = ("sample_id", "image_ids", "generator", "conversations", "tags")
-    for table in batches(snapshot, "samples", columns):
+    for table in snapshot.batches("samples", columns):
         generators.update(_counts(table["generator"]))
         from_source = pc.equal(table["generator"], "source")
         speaks = pc.greater(pc.list_value_length(table["conversations"]), 0)
@@ -80,8 +81,8 @@ def _subjects(table: pa.Table) -> pa.ChunkedArray:
 def make_cards(snapshot: Snapshot, subjects: pa.Array, pictures: Pictures) -> list[Card]:
     """A card for each subject, in their order. Whole rows are decoded only of row groups that hold one."""
     found: dict[str, list[dict[str, Any]]] = {subject: [] for subject in subjects.to_pylist()}
-    for file in snapshot.manifest.samples:
-        with open_file(snapshot, file) as table:
+    for file in snapshot.files("samples"):
+        with open_table(snapshot.storage, file.path) as table:
             for group in range(table.num_row_groups):
                 of_rows = _subjects(table.read_row_group(group, columns=["sample_id", "image_ids"]))
                 wanted = pc.is_in(of_rows, subjects)

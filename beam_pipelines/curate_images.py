@@ -1,10 +1,10 @@
 """The main job: images in, shards out. `python -m beam_pipelines.curate_images --input ... --output ... -- <Beam's options>`."""
 
-import os
+import contextlib
+import functools
 import sys
 import uuid
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import apache_beam as beam
@@ -16,9 +16,11 @@ from beam_pipelines.options import CurateOptions
 from beam_pipelines.sources import check_output, count_images, find_sources
 from embeddings.duplicates import MAX_IMAGES, DuplicateRule
 from embeddings.encoder import Encoder, EncoderSpec, load_encoder
-from images.decode import Limits
+from images.decode import DECODER, Limits
 from shards.errors import BadRequest
-from shards.snapshot import Destination, Snapshot, current_id, discard_staging, open_snapshot
+from shards.ledger import ImageRow, Ledger, RefRow
+from shards.snapshot import Destination, Snapshot, StoredPack, open_by_id, open_snapshot, read_current
+from shards.storage import rooted, storage_of
 from synthesis.client import ChatClient, probe
 from synthesis.planner import LookupPlanner
 from synthesis.prompts import load_prompt_pair
@@ -27,8 +29,10 @@ from transforms.deduplicate import CollapseSameBytes, FindNearDuplicates
 from transforms.embed import DistinctReferences, EmbedImages
 from transforms.plan import PlanInstructions
 from transforms.read import ReadSamples, Source
+from transforms.recall import Memory, RecallImages
 from transforms.resolve import JudgeImages, NameImages, ResolveSamples, fate_of_dead
 from transforms.settle import SettleImages, SettleSamples
+from transforms.stored import KeepPacks, ReadStored
 from transforms.synthesise import Backend, Synthesise
 from transforms.tag import TagImages
 from transforms.write import CountShards, WriteMedia, WriteRows
@@ -50,6 +54,8 @@ class Job(NamedTuple):
     to: Destination
     facts: RunFacts
     synthesis: Synthesis | None
+    memory: Memory
+    stored: Sequence[StoredPack]
     progress: str
 
 
@@ -77,28 +83,33 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
         | "ImagesOfSamples" >> beam.FlatMap(lambda sample: sample.images)
         | "DistinctReferences" >> DistinctReferences()
     )
-    embedded = references | "EmbedImages" >> EmbedImages(
-        job.encoder, model.geometry, model.images_at_once, limits, job.progress
+    recalled = references | "RecallImages" >> RecallImages(job.memory, limits, job.to, job.progress)
+    fresh = recalled.unknown | "EmbedImages" >> EmbedImages(
+        job.encoder, model.fingerprint, model.geometry, model.images_at_once, limits, job.to, job.progress
     )
-    images, same_bytes = embedded.main | "CollapseSameBytes" >> CollapseSameBytes()
+    embedded = (recalled.images, fresh.main) | "Embedded" >> beam.Flatten()
+    undecodable = (recalled.decisions, fresh.decisions) | "Undecodable" >> beam.Flatten()
+    images, same_bytes = embedded | "CollapseSameBytes" >> CollapseSameBytes()
     verdicts = images | "FindNearDuplicates" >> FindNearDuplicates(rule)
     tagged = images | "TagImages" >> TagImages(model.class_names, options.tag_min_score, options.max_tags)
     fates, kept, near = {
-        "embedded": embedded.main,
+        "embedded": embedded,
         "tagged": tagged,
         "verdicts": verdicts,
     } | "JudgeImages" >> JudgeImages()
 
-    dead_fates = embedded.decisions | "DeadImages" >> beam.Map(fate_of_dead)
+    dead_fates = undecodable | "DeadImages" >> beam.Map(fate_of_dead)
     all_fates = (fates, dead_fates) | "AllFates" >> beam.Flatten()
     collected, unresolved = {"samples": read.main, "fates": all_fates} | "ResolveSamples" >> ResolveSamples(
         options.on_duplicate, options.on_missing_image
     )
-    named = {"kept": kept, "samples": collected} | "NameImages" >> NameImages()
+    stored = references.pipeline | "ReadStored" >> ReadStored(job.to.out, job.stored)
+    named, new = {"kept": kept, "samples": collected, "stored": stored} | "NameImages" >> NameImages()
 
-    num_shards = named | "CountShards" >> CountShards(int(options.max_shard_size))
-    media, void = {"images": named, "num_shards": num_shards} | "WriteMedia" >> WriteMedia(
-        job.to, limits.max_bytes, int(options.max_shard_size)
+    max_shard_bytes = int(options.max_shard_size)
+    num_packs = new | "CountPacks" >> CountShards(max_shard_bytes)
+    media, void = {"images": new, "num_shards": num_packs} | "WriteMedia" >> WriteMedia(
+        job.to, limits.max_bytes, max_shard_bytes
     )
     void_ids = void | "VoidIds" >> beam.Map(lambda letter: letter.id)
     written, failed_calls = _synthesise(named, job)
@@ -106,29 +117,41 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
     settled = {"samples": samples, "void": void_ids} | "SettleSamples" >> SettleSamples(
         options.on_missing_image
     )
-    live, tombstones, last_words = {
+    to_pack = new | "ToPack" >> beam.Map(lambda image: (image.image_id, "")).with_output_types(
+        beam.typehints.Tuple[bytes, str]
+    )
+    live, unnamed, last_words = {
         "kept": kept,
         "samples": settled.main,
-        "named": named | "NamedIds" >> beam.Map(lambda image: image.image_id),
+        "packed": (stored, to_pack) | "Packed" >> beam.Flatten(),
         "void": void_ids,
     } | "SettleImages" >> SettleImages()
+    kept_packs, tombstones = unnamed | "KeepPacks" >> KeepPacks(job.stored)
 
     decisions = (
         read.decisions,
-        embedded.decisions,
+        undecodable,
         same_bytes,
         near,
         unresolved,
         settled.decisions,
         last_words,
     ) | "AllDecisions" >> beam.Flatten()
-    dead = (read.dead, embedded.dead, void, failed_calls, settled.dead) | "AllDead" >> beam.Flatten()
-    files = (
-        media,
-        {"rows": settled.main, "num_shards": num_shards} | "WriteSamples" >> WriteRows("samples", job.to),
-        {"rows": decisions, "num_shards": num_shards} | "WriteDecisions" >> WriteRows("decisions", job.to),
-        {"rows": dead, "num_shards": num_shards} | "WriteDead" >> WriteRows("dead", job.to),
-    ) | "AllFiles" >> beam.Flatten()
+    dead = (
+        read.dead,
+        recalled.dead,
+        fresh.dead,
+        void,
+        failed_calls,
+        settled.dead,
+    ) | "AllDead" >> beam.Flatten()
+    num_shards = named | "CountShards" >> CountShards(max_shard_bytes)
+    rows = {"samples": settled.main, "decisions": decisions, "dead": dead, "tombstones": tombstones}
+    written_rows = [
+        {"rows": of_kind, "num_shards": num_shards} | f"Write{kind.title()}" >> WriteRows(kind, job.to)
+        for kind, of_kind in rows.items()
+    ]
+    files = (kept_packs, media, *written_rows) | "AllFiles" >> beam.Flatten()
     return {
         "files": files,
         "decisions": decisions,
@@ -136,10 +159,9 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
         "images": references,
         "samples": (read.main, read.decisions) | "SampleInputs" >> beam.Flatten(),
         "live": live,
-        "tombstones": tombstones,
         "synthesised": settled.main
         | "Synthesised" >> beam.Filter(lambda s: s.provenance.generator != "source"),
-        "encoders": embedded.main | "Encoders" >> beam.Map(lambda image: image.encoder),
+        "encoders": embedded | "Encoders" >> beam.Map(lambda image: f"{image.encoder} {image.numerics}"),
     } | "Commit" >> Commit(job.to, job.facts)
 
 
@@ -191,7 +213,10 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
     spec = EncoderSpec(options.encoder, options.encoder_weights, options.device, options.batch_size)
     model = load_encoder(spec)
     synthesis = prepare_synthesis(options)
-    to = Destination(os.path.abspath(options.output), uuid.uuid4().hex)
+    to = Destination(rooted(options.output), uuid.uuid4().hex)
+    base = read_current(to.storage).snapshot
+    stored = open_by_id(to.storage, base).stored_packs() if base else []
+    memory = recall_from(to, options, model)
     affecting = options.affecting_bytes() | {
         "encoder_weights": model.weights_sha256,
         "batch_size": model.batch_size,
@@ -199,11 +224,23 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
     if synthesis is not None:
         affecting["vlm_model"] = synthesis.backend.client.model
     metrics = {"sources": [source._asdict() for source in sources], "images": images}
-    facts = RunFacts(current_id(Path(to.out)), affecting, metrics)
-    progress = str(to.staging / "progress") if is_local(pipeline_options) else ""
-    return Prepared(
-        Job(options, sources, spec, to, facts, synthesis, progress), model, pipeline_options, images
-    )
+    facts = RunFacts(base, affecting, metrics)
+    progress = str(to.storage.scratch_path(to.token) / "progress") if is_local(pipeline_options) else ""
+    job = Job(options, sources, spec, to, facts, synthesis, memory, stored, progress)
+    return Prepared(job, model, pipeline_options, images)
+
+
+def recall_from(to: Destination, options: CurateOptions, model: Encoder) -> Memory:
+    """The ledgers that this run may recall from: its own folder's, and those of `--reuse-from`."""
+    storages = [to.storage]
+    for other in options.reuse_from:
+        storage = storage_of(rooted(other))
+        if not any(True for _ in storage.walk("ledger")):
+            raise BadRequest(f"--reuse-from {other}: no ledger there; give the --output of an earlier run")
+        storages.append(storage)
+    refs = [segment for storage in storages for segment in Ledger(storage, RefRow).segments()]
+    images = [segment for storage in storages for segment in Ledger(storage, ImageRow).segments()]
+    return Memory(refs, images, DECODER, model.fingerprint, model.numerics, not options.verify_refs)
 
 
 def curate(
@@ -215,26 +252,28 @@ def curate(
     """
     console = console or Console(stderr=True)
     job, model, pipeline_options, images = prepare(options, beam_args)
-    if not options.dry_run:
-        try:
-            job.to.staging.mkdir(parents=True)
-        except OSError as error:
-            raise BadRequest(f"--output {options.output}: cannot be written ({error.strerror})") from error
-    console.print(_plan_text(job, images), highlight=False, soft_wrap=True)
+    plan = _plan_text(job, images)
     if options.dry_run:
+        console.print(plan, highlight=False, soft_wrap=True)
         return None
 
     def construct(pipeline: beam.Pipeline) -> None:
         build(pipeline | "Sources" >> beam.Create(job.sources), job, model)
 
-    def clean_up() -> None:
-        discard_staging(job.to)
-
-    try:
-        with ProgressReport(console, job.progress, {"images": images, "conversations": options.max_samples}):
-            run_pipeline(construct, pipeline_options, clean_up)
-    finally:
-        clean_up()
+    storage, token = job.to.storage, job.to.token
+    with contextlib.ExitStack() as run:
+        try:
+            run.enter_context(storage.hold(token))
+        except OSError as error:
+            raise BadRequest(f"--output {options.output}: cannot be written ({error.strerror})") from error
+        run.callback(storage.discard, token)
+        console.print(plan, highlight=False, soft_wrap=True)
+        totals = {"images": images, "conversations": options.max_samples}
+        run.enter_context(ProgressReport(console, job.progress, totals))
+        counters = run_pipeline(construct, pipeline_options, functools.partial(storage.discard, token))
+    known, new = counters.get("decode/recalled", 0), counters.get("decode/decoded", 0)
+    if known:
+        console.print(f"{known} images known from the ledger, {new} embedded now", highlight=False)
     return open_snapshot(job.to.out)
 
 

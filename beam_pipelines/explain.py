@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_pipelines.batches import batches
 from beam_pipelines.codes import decided_text, meaning_of, verified_text
 from beam_pipelines.wording import one_line, sample_title
 from shards.errors import BadRequest
@@ -71,7 +70,7 @@ def _find(
 ) -> Found:
     rows: list[Row] = []
     total = 0
-    for table in batches(snapshot, kind, columns):
+    for table in snapshot.batches(kind, columns):
         found = table.filter(wanted(table))
         total += found.num_rows
         rows += found.slice(0, MAX_ROWS - len(rows)).to_pylist()
@@ -259,7 +258,7 @@ def _nothing_found(snapshot: Snapshot, what: str) -> str:
     """One line, with the most similar of the names that are about as long; only so many are compared."""
     candidates: set[str] = set()
     slack = max(3, len(what) // 3)
-    for table in batches(snapshot, "decisions", ("name",)):
+    for table in snapshot.batches("decisions", ("name",)):
         names = pc.unique(pc.replace_substring_regex(table["name"], r"^(?s).*/", ""))
         lengths = pc.utf8_length(names)
         alike = pc.and_(
@@ -269,4 +268,4 @@ def _nothing_found(snapshot: Snapshot, what: str) -> str:
     close = difflib.get_close_matches(os.path.basename(what), sorted(candidates), 1, 0.5)
     hint = f"; did you mean {one_line(close[0])}?" if close else ""
     digits = "" if _is_id(what) else f", and an id needs at least {MIN_ID_DIGITS} hex digits"
-    return f"{one_line(what)}: no image or sample of that name in {snapshot.out}{digits}{hint}"
+    return f"{one_line(what)}: no image or sample of that name in {snapshot.storage.root}{digits}{hint}"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_pipelines.batches import batches, smallest
+from beam_pipelines.choice import smallest
 from beam_pipelines.codes import decided_text
 from beam_pipelines.funnel import fate_rows
 from beam_pipelines.thumbnails import Pictures, Thumbnail
@@ -63,7 +63,7 @@ def gather_gallery(snapshot: Snapshot, pictures: Pictures) -> Gallery:
     Two passes over the decisions. The largest groups come first, in them the closest losers.
     """
     keepers = pa.array([], pa.string())
-    for table in batches(snapshot, "decisions", ("unit", "fate", "code", "other_id")):
+    for table in snapshot.batches("decisions", ("unit", "fate", "code", "other_id")):
         keepers = smallest(keepers, table["other_id"].filter(_is_near(table)), MAX_GROUPS)
     groups = [
         _group(keeper_id, rows, pictures) for keeper_id, rows in _rows_of_groups(snapshot, keepers).items()
@@ -84,7 +84,7 @@ def _is_near(table: pa.Table) -> pa.ChunkedArray:
 
 def _rows_of_groups(snapshot: Snapshot, keepers: pa.Array) -> dict[str, _Rows]:
     groups = {keeper: _Rows() for keeper in keepers.to_pylist()}
-    for table in batches(snapshot, "decisions", _COLUMNS):
+    for table in snapshot.batches("decisions", _COLUMNS):
         named = pc.or_(pc.is_in(table["other_id"], keepers), pc.is_in(table["id"], keepers))
         for row in table.filter(pc.and_(pc.equal(table["unit"], "image"), named)).to_pylist():
             if row["fate"] != "duplicate":

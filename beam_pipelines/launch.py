@@ -7,6 +7,7 @@ import re
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -61,8 +62,8 @@ def is_local(options: PipelineOptions) -> bool:
 
 def run_pipeline(
     construct: Callable[[beam.Pipeline], Any], options: PipelineOptions, on_interrupt: Callable[[], None]
-) -> None:
-    """Construct a pipeline, run it and wait.
+) -> dict[str, int]:
+    """Construct a pipeline, run it and wait. Returns its counters as `namespace/name`, for people: retried work counts twice.
 
     Ctrl-C and SIGTERM end the process here and now with exit code 130, after `on_interrupt`, and its worker processes with it: a
     KeyboardInterrupt would surface inside some stage, where Beam turns it into a failed bundle. Raises RunFailed where a stage
@@ -73,7 +74,9 @@ def run_pipeline(
         pipeline = beam.Pipeline(options=options)
         construct(pipeline)
         try:
-            pipeline.run().wait_until_finish()
+            result = pipeline.run()
+            result.wait_until_finish()
+            counters = result.metrics().query()["counters"]
         except ShardmillError as error:
             raise RunFailed(str(error).split(" [while running")[0]) from None
         # Whatever a stage raised, and runners raise it as itself, as RuntimeError or as text: the run has failed.
@@ -82,6 +85,10 @@ def run_pipeline(
             if own:
                 raise RunFailed(own[1].split(" [while running")[0]) from None
             raise RunFailed(str(error).strip().splitlines()[-1] or type(error).__name__) from error
+    totals: Counter[str] = Counter()
+    for counter in counters:
+        totals[f"{counter.key.metric.namespace}/{counter.key.metric.name}"] += counter.committed or 0
+    return dict(totals)
 
 
 @contextlib.contextmanager

@@ -60,6 +60,18 @@ class CurateOptions(BaseModel):
         group="Input and output",
         ge=1,
     )
+    reuse_from: list[str] = option(
+        [],
+        "Folder of another run, whose ledger is read too: what it worked out is not worked out again. Repeatable.",
+        affects_bytes=False,
+        group="Input and output",
+    )
+    verify_refs: bool = option(
+        False,
+        "Read and hash every file, instead of taking one whose size and times have not changed for unchanged.",
+        affects_bytes=False,
+        group="Input and output",
+    )
     dry_run: bool = option(
         False,
         "Check everything, say what would be done, write nothing.",
@@ -231,8 +243,9 @@ def _read_config(path: str) -> dict[str, Any]:
 def parse_options(flags: dict[str, Any], config: str = "") -> CurateOptions:
     """Options from flags over YAML over defaults. Raises BadRequest: one line with the field, its value and what is allowed."""
     values = (_read_config(config) if config else {}) | flags
-    if isinstance(values.get("input"), str):
-        values["input"] = [values["input"]]
+    for name in ("input", "reuse_from"):
+        if isinstance(values.get(name), str):
+            values[name] = [values[name]]
     unknown = sorted(set(values) - set(CurateOptions.model_fields))
     if unknown:
         close = difflib.get_close_matches(unknown[0], CurateOptions.model_fields, 1)

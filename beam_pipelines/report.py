@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from beam_pipelines.batches import batches
 from beam_pipelines.codes import FATE_MEANINGS, meaning_of, verified_text
 from beam_pipelines.conversations import make_cards, survey_samples
 from beam_pipelines.funnel import fate_rows
@@ -23,20 +22,21 @@ from beam_pipelines.thumbnails import Pictures
 from beam_pipelines.wording import one_line, plural, sample_title, visible
 from shards.errors import BadRequest
 from shards.files import write_atomically
-from shards.snapshot import Snapshot, open_snapshot
+from shards.snapshot import KINDS, Snapshot, open_snapshot
 
+REPORT = "report.html"
 # With 40 groups of 6 thumbnails and 36 cards of at most 4, these keep the page under 10 MB.
 LIMITS = {"files": 200, "turns": 8, "calls": 4, "raw": 3000}
 
 
-def write_report(path: str, output: str = "") -> Path:
+def write_report(path: str, output: str = "") -> str:
     """Write the page about `OUT` or `OUT@ID`, by default to OUT/report.html, and return where it lies.
 
     One inert, self-contained file: no script, nothing loaded, under 10 MB whatever the size of the run. Raises BadRequest for an
     output that cannot be written.
     """
     snapshot = open_snapshot(path)
-    target = _target(snapshot, output)
+    target = _target(output) if output else None
     metrics, missing = _read_metrics(snapshot)
     manifest, sources = snapshot.manifest, metrics.get("sources", [])
     pictures = Pictures(snapshot, sources)
@@ -57,12 +57,16 @@ def write_report(path: str, output: str = "") -> Path:
             failures=_failures(snapshot, metrics),
             options=_option_rows(manifest.options),
             files=manifest.files(),
-            kinds=("media", "media_index", "samples", "decisions", "dead"),
+            kinds=KINDS,
             limits=LIMITS,
         )
     )
-    write_atomically(target, page.encode(errors="replace"))
-    return target
+    data = page.encode(errors="replace")
+    if target is None:
+        snapshot.storage.write(REPORT, data)
+        return f"{snapshot.storage.root}/{REPORT}"
+    write_atomically(target, data)
+    return str(target)
 
 
 class Failure(NamedTuple):
@@ -78,7 +82,7 @@ class Failure(NamedTuple):
 def _failures(snapshot: Snapshot, metrics: Mapping[str, Any]) -> list[Failure]:
     """Counts from the table, examples with messages from metrics.json; the most frequent first."""
     counts: Counter[tuple[str, str]] = Counter()
-    for table in batches(snapshot, "dead", ("stage", "code")):
+    for table in snapshot.batches("dead", ("stage", "code")):
         counts.update(zip(table["stage"].to_pylist(), table["code"].to_pylist(), strict=True))
     examples = metrics.get("failures", {})
     return [
@@ -107,7 +111,7 @@ def _option_rows(options: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 def _read_metrics(snapshot: Snapshot) -> tuple[dict[str, Any], str]:
     """metrics.json, and a sentence where it says nothing of this snapshot."""
     try:
-        metrics = json.loads((snapshot.out / "metrics.json").read_bytes())
+        metrics = json.loads(snapshot.storage.read("metrics.json"))
     except (OSError, ValueError):
         return (
             {},
@@ -120,8 +124,8 @@ def _read_metrics(snapshot: Snapshot) -> tuple[dict[str, Any], str]:
     return metrics, ""
 
 
-def _target(snapshot: Snapshot, output: str) -> Path:
-    target = Path(output).expanduser() if output else snapshot.out / "report.html"
+def _target(output: str) -> Path:
+    target = Path(output).expanduser()
     if target.is_dir():
         raise BadRequest(f"--output {output}: is a folder; name a file, as {target / 'report.html'}")
     if not target.parent.is_dir():

@@ -11,6 +11,7 @@ from pathlib import Path
 from shards.errors import BadRequest
 from shards.files import path_of
 from shards.records import SourceSample
+from shards.storage import is_remote, storage_of
 from transforms.read import Source, Unreadable, read_samples, take_samples
 
 _MAGIC = re.compile(r"[*?[]")
@@ -103,8 +104,9 @@ def count_images(sources: Sequence[Source], limit: int | None, seed: int) -> int
 
 def check_output(output: str, sources: Sequence[Source]) -> None:
     """Raises BadRequest where the run could not write, or would read what it writes."""
-    if "://" in output:
-        raise BadRequest(f"--output {output}: only local folders are written yet")
+    if is_remote(output):
+        _check_bucket(output)
+        return
     path = os.path.realpath(output) if "\0" not in output else ""
     if not path or any(len(os.fsencode(part)) > 255 for part in path.split("/")):
         raise BadRequest(f"--output {output[:40]!r}...: no name that a file system takes")
@@ -123,9 +125,21 @@ def check_output(output: str, sources: Sequence[Source]) -> None:
                 f"--output {output}: lies inside --input {source.path}; the next run would read it"
             )
     if os.path.isdir(path) and os.listdir(path) and not os.path.exists(os.path.join(path, "CURRENT")):
-        known = {".staging", ".lock", "media", "samples", "snapshots"}
+        known = {".staging", ".lock", "ledger", "media", "samples", "snapshots"}
         strangers = sorted(set(os.listdir(path)) - known)
         if strangers:
             raise BadRequest(
                 f"--output {output}: holds {strangers[0]} and is no run's folder; name a new one"
             )
+
+
+def _check_bucket(output: str) -> None:
+    storage = storage_of(output)  # BadRequest for another scheme
+    try:
+        storage.exists()
+    except ImportError as error:
+        raise BadRequest(f"--output {output}: needs the extra `gcp`: pip install 'shardmill[gcp]'") from error
+    except OSError as error:
+        raise BadRequest(
+            f"--output {output}: cannot be read: {' '.join(str(error).split())[:200]}"
+        ) from error

@@ -25,7 +25,8 @@ from benchmarks.machine import describe
 from embeddings.encoder import Encoder, EncoderSpec, load_encoder
 from images.decode import Limits
 from shards.records import MediaRef, Origin, SourceImage
-from transforms.embed import DistinctReferences, EmbedImages, embed, fetch_and_decode
+from shards.snapshot import Destination
+from transforms.embed import DistinctReferences, EmbedImages, decode_image, embed, fetch_image
 
 CORPUS = Path(__file__).parent.parent / "examples" / "images"
 SIZE = (800, 600)
@@ -54,7 +55,7 @@ def bare_loop(references: list[SourceImage], encoder: Encoder) -> tuple[float, f
     encoding = 0.0
     for start in range(0, len(references), encoder.images_at_once):
         batch = references[start : start + encoder.images_at_once]
-        decoded = [fetch_and_decode(one, encoder.geometry, Limits()) for one in batch]
+        decoded = [decode_image(fetch_image(one, Limits()), encoder.geometry, Limits()) for one in batch]
         before = time.perf_counter()
         embed(encoder, decoded)
         encoding += time.perf_counter() - before
@@ -62,7 +63,7 @@ def bare_loop(references: list[SourceImage], encoder: Encoder) -> tuple[float, f
 
 
 def through_pipeline(
-    references: list[SourceImage], encoder: Encoder, spec: EncoderSpec
+    references: list[SourceImage], encoder: Encoder, spec: EncoderSpec, to: Destination
 ) -> tuple[float, dict[str, float]]:
     """Seconds in all, and where they went by Beam's own metrics."""
     started = time.perf_counter()
@@ -71,7 +72,7 @@ def through_pipeline(
         pipeline
         | beam.Create(references)
         | DistinctReferences()
-        | EmbedImages(spec, encoder.geometry, encoder.images_at_once, Limits())
+        | EmbedImages(spec, encoder.fingerprint, encoder.geometry, encoder.images_at_once, Limits(), to)
     )
     result = pipeline.run()
     result.wait_until_finish()
@@ -100,7 +101,9 @@ def main() -> None:
         ratios, whole = [], []
         for number in range(arguments.rounds):
             bare, encoding = bare_loop(references, encoder)
-            piped, parts = through_pipeline(references, encoder, spec)
+            piped, parts = through_pipeline(
+                references, encoder, spec, Destination(f"{temporary}/ledger{number}", "bench")
+            )
             started = time.perf_counter()
             options = {"input": [str(folder)], "output": f"{temporary}/out{number}", "device": spec.device}
             curate(parse_options(options), console=Console(quiet=True))

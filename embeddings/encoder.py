@@ -74,9 +74,9 @@ class Encoder:
                 "std": list(config["std"]),
                 "centring": self._centre.cpu().numpy().tobytes().hex(),
                 "batch_size": self.batch_size,
-                "numerics": _numerics(self.device, self._dtype),
             }
         ).hex()
+        self.numerics = _numerics(self.device, self._dtype)
 
     def encode(
         self, pixels: npt.NDArray[np.uint8]
@@ -158,10 +158,12 @@ def _centring(name: str, width: int) -> torch.Tensor:
     return torch.from_numpy(np.load(path, allow_pickle=False))
 
 
-def _numerics(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+def _numerics(device: torch.device, dtype: torch.dtype) -> str:
     """What else decides the bits of a float result: another device, dtype, instruction set or torch rounds differently."""
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
         hardware = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return {"hardware": hardware, "dtype": str(dtype), "torch": torch.__version__, "timm": timm.__version__}
+    return (
+        f"{hardware}, {str(dtype).removeprefix('torch.')}, torch {torch.__version__}, timm {timm.__version__}"
+    )

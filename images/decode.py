@@ -5,17 +5,31 @@ RGB; transparency is laid on white; 16-bit and float samples are scaled to 8 bit
 decoder that kills the process, or an endless loop in one, is not contained here.
 """
 
+import importlib.metadata
 import io
 import math
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from images.measure import measure
 from shards.errors import BadData
 from shards.records import Geometry, ImageFacts
+
+DECODER = ", ".join(
+    [
+        "decoder 1",
+        f"pillow {importlib.metadata.version('pillow')}",
+        *(
+            f"{name} {features.version(name)}"
+            for name in ("libjpeg_turbo", "webp", "zlib", "avif", "littlecms2")
+        ),
+        f"imagehash {importlib.metadata.version('imagehash')}",
+    ]
+)
+"""Fingerprint of what turns bytes into pixels, facts and codes. `decoder N` counts changes of this room's own code to any of them."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 """Formats that are tried, by Pillow's names: the ones image collections hold, without vector or document interpreters. JPEG includes MPO."""

@@ -1,11 +1,44 @@
 """Reading the encoded bytes that a reference names. Local files, for now."""
 
+import os
 import stat
+import time
 
 from shards.errors import BadData
 from shards.files import path_of
 from shards.ids import image_id_of
 from shards.records import MediaRef
+
+_CLOCK_TICK_NS, _COARSE_TICK_NS = 20_000_000, 2_000_000_000
+"""A file changed twice within one tick of its file system's clock may show the same times for both: 10 ms and less where it counts
+fractions of seconds, up to 2 s where it does not."""
+
+
+def etag_of(ref: MediaRef) -> str:
+    """What changes whenever the file that a reference names is written or replaced; empty where nothing can be said.
+
+    Size, modification time and change time (which a copy that keeps times still moves on).
+    """
+    try:
+        status = path_of(ref.uri).stat()
+    except (OSError, ValueError):
+        return ""
+    return _etag(status)
+
+
+def _etag(status: os.stat_result) -> str:
+    changed_ns = max(status.st_mtime_ns, status.st_ctime_ns)
+    tick = _CLOCK_TICK_NS if status.st_mtime_ns % 1_000_000_000 else _COARSE_TICK_NS
+    if not stat.S_ISREG(status.st_mode) or time.time_ns() - changed_ns < tick:
+        return ""  # so fresh that the next write might not show
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+
+
+def fetch_known(ref: MediaRef, max_bytes: int) -> tuple[bytes, str]:
+    """The encoded bytes and the etag that they were read under, empty where the file changed meanwhile. Raises as `fetch`."""
+    before = etag_of(ref)
+    encoded = fetch(ref, max_bytes)
+    return encoded, before if before == etag_of(ref) else ""
 
 
 def fetch(ref: MediaRef, max_bytes: int) -> bytes:

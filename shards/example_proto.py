@@ -1,6 +1,7 @@
 """`tf.train.Example` as a protobuf message, described here so that TensorFlow is not needed.
 
-Source of the schema: tensorflow/core/example/{example,feature}.proto. Written with deterministic serialisation: map entries sorted.
+Source of the schema: tensorflow/core/example/{example,feature}.proto. Written with deterministic serialisation, as by TensorFlow
+in Python: map entries by the bytes of their keys, a key that begins another after it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -57,16 +58,21 @@ Example = _example_class()
 
 
 def example_bytes(features: Mapping[str, Sequence[Value]]) -> bytes:
-    """A serialised Example: bytes and str become bytes_list, int int64_list, float float_list; empty lists bytes_list."""
+    """A serialised Example: bytes and str become bytes_list, int int64_list, float float_list.
+
+    An empty list leaves its kind open: TensorFlow reads that as an empty list of any kind, and refuses an empty bytes_list where
+    numbers are expected.
+    """
     example = Example()
     for name, values in features.items():
         feature = example.features.feature[name]
-        if values and isinstance(values[0], int):
+        if not values:
+            continue
+        if isinstance(values[0], int):
             feature.int64_list.value.extend(values)
-        elif values and isinstance(values[0], float):
+        elif isinstance(values[0], float):
             feature.float_list.value.extend(values)
         else:
             encoded = [value.encode() if isinstance(value, str) else value for value in values]
-            feature.bytes_list.SetInParent()
             feature.bytes_list.value.extend(encoded)
     return bytes(example.SerializeToString(deterministic=True))

@@ -1,66 +1,29 @@
-"""Writing files so that no reader ever sees half of one."""
+"""Files of this machine: written so that no reader sees half of one, named as text that any column takes."""
 
-import contextlib
 import hashlib
 import os
 import urllib.parse
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Self
 
-
-class ContentNamedFile:
-    """A file written under a temporary name, then renamed to a name that holds its hash.
-
-    Use as a context manager and call `publish` as the last thing inside; leaving without it removes the temporary file. `name`
-    has a `{sha256}` field. Two writers of equal content publish the same file, so a retry changes nothing.
-    """
-
-    def __init__(self, folder: Path, name: str, staging: Path) -> None:
-        self.folder, self.name = folder, name
-        staging.mkdir(parents=True, exist_ok=True)
-        self._temporary = staging / f"{name.format(sha256='partial')}.{os.getpid()}.{id(self):x}"
-        self._hash = hashlib.sha256()
-        self.num_bytes = 0
-
-    def __enter__(self) -> Self:
-        self._stream: BinaryIO = self._temporary.open("wb")
-        return self
-
-    def write(self, data: bytes) -> None:
-        self._stream.write(data)
-        self._hash.update(data)
-        self.num_bytes += len(data)
-
-    def publish(self) -> tuple[Path, str]:
-        """Flush to disk and rename into place. Returns the final path and the content's sha256 in hex."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
-        sha256 = self._hash.hexdigest()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / self.name.format(sha256=sha256[:16])
-        self._temporary.replace(path)
-        sync_folder(self.folder)
-        return path, sha256
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stream.close()
-        with contextlib.suppress(FileNotFoundError):
-            self._temporary.unlink()
+from shards.crash import crash_point
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` to `path` through a temporary file beside it: readers see the old content or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    crash_point("temp.before")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            crash_point("temp.after")
+            stream.flush()
+            os.fsync(stream.fileno())
+        crash_point("fsync.after")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    crash_point("rename.after")
     sync_folder(path.parent)
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 from shards.records import Turn
 
@@ -20,15 +20,28 @@ def digest(value: Any) -> bytes:
     return hashlib.sha256(canonical_json(value)).digest()
 
 
+def digest_of_stream(stream: BinaryIO) -> str:
+    """sha256 in hex of all that a stream has left."""
+    digest = hashlib.sha256()
+    while piece := stream.read(1 << 20):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
 def image_id_of(encoded: bytes) -> bytes:
     """sha256 of the encoded bytes, 32 bytes."""
     return hashlib.sha256(encoded).digest()
 
 
-def sample_id_of(image_ids: Sequence[bytes], conversation: Sequence[Turn]) -> bytes:
-    """sha256 of canonical JSON `{images: [hex ids], conversation: [{from, value}]}`, 32 bytes."""
+def sample_document(image_ids: Sequence[bytes], conversation: Sequence[Turn]) -> bytes:
+    """What a sample is: canonical JSON `{images: [hex ids], conversation: [{from, value}]}`."""
     turns = [{"from": turn.speaker, "value": turn.value} for turn in conversation]
-    return digest({"images": [image_id.hex() for image_id in image_ids], "conversation": turns})
+    return canonical_json({"images": [image_id.hex() for image_id in image_ids], "conversation": turns})
+
+
+def sample_id_of(image_ids: Sequence[bytes], conversation: Sequence[Turn]) -> bytes:
+    """sha256 of the sample's document, 32 bytes."""
+    return hashlib.sha256(sample_document(image_ids, conversation)).digest()
 
 
 def shard_of(image_id: bytes, num_shards: int) -> int:

@@ -89,7 +89,8 @@ class EmbeddedImage(NamedTuple):
     """One reference, read, decoded and embedded.
 
     `embedding` is little-endian float16 (D,), centred and L2-normalised; `scores` little-endian float16 (C,), softmax over the
-    encoder's classes in [0, 1], empty for an encoder without a classifier. `encoder` is the encoder's fingerprint.
+    encoder's classes in [0, 1], empty for an encoder without a classifier. `encoder` is the encoder's fingerprint, `numerics` what
+    rounded its floats.
     """
 
     image_id: bytes
@@ -98,6 +99,7 @@ class EmbeddedImage(NamedTuple):
     embedding: bytes
     scores: bytes
     encoder: str
+    numerics: str
 
 
 class Verdict(NamedTuple):

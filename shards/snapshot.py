@@ -1,30 +1,39 @@
 """Snapshots: the manifest of one committed result, how it is committed, and how it is opened and read.
 
 A folder holds any number of snapshots over shared media packs and sample shards; `CURRENT` names the one in force, `OUT@ID`
-names any. Readers follow the manifest and never list folders.
+names any, `OUT@NAME` a pinned one. Readers follow the manifest and never list folders.
 """
 
 import contextlib
-import fcntl
 import json
-import shutil
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from shards.crash import crash_point
 from shards.errors import BadRequest, CommitConflict, CorruptShard, RunFailed
-from shards.files import write_atomically
 from shards.ids import canonical_json, digest
-from shards.media import MediaReader
+from shards.packs import PackReader
 from shards.records import FATES, Sample, ShardFile
-from shards.tables import SCHEMAS, read_samples
+from shards.storage import STAGING, Storage, is_remote, storage_of
+from shards.tables import SCHEMAS, read_batches, read_samples
 
-FORMAT_VERSION = 1
-STAGING = ".staging"
-"""Folder inside OUT for what a run has written and not yet committed, one subfolder per run token."""
+FORMAT_VERSION = 2
+CURRENT = "CURRENT"
+PINS = "pins"
+KINDS: tuple[str, ...] = (
+    "media",
+    "media_index",
+    "samples",
+    "conversations",
+    "conversations_index",
+    "decisions",
+    "dead",
+    "tombstones",
+)
 
 
 class Destination(NamedTuple):
@@ -34,8 +43,13 @@ class Destination(NamedTuple):
     token: str
 
     @property
-    def staging(self) -> Path:
-        return Path(self.out) / STAGING / self.token
+    def storage(self) -> Storage:
+        return storage_of(self.out)
+
+    @property
+    def staging(self) -> str:
+        """The run's staging folder, relative to the output folder."""
+        return f"{STAGING}/{self.token}"
 
 
 class Funnel(NamedTuple):
@@ -52,20 +66,26 @@ class Manifest(NamedTuple):
     """What a snapshot consists of.
 
     Hashed into `snapshot_id`: format version, sample and decision files, `live_images_sha256` (of the sorted live image_ids),
-    `options` (those that affect bytes). Outside it: how bytes were packed (`media`, `media_index`, `tombstones`: packed images that no
-    sample names), dead letters, counts and versions.
+    `options` (those that affect bytes), and `parent`. Outside it is how this folder came to hold it: media packs and their
+    `tombstones` (packed images that no sample names), conversation packs (the samples again, for readers at random), dead letters,
+    counts, versions, and `base`, the snapshot that was in force before.
+
+    A snapshot with a `parent` is all that the parent holds and what it lists itself.
     """
 
     snapshot_id: str
     parent: str
+    base: str
     samples: Sequence[ShardFile]
+    conversations: Sequence[ShardFile]
+    conversations_index: Sequence[ShardFile]
     decisions: Sequence[ShardFile]
     dead: Sequence[ShardFile]
     media: Sequence[ShardFile]
     media_index: Sequence[ShardFile]
+    tombstones: Sequence[ShardFile]
     live_images: int
     live_images_sha256: str
-    tombstones: Sequence[str]
     options: Mapping[str, Any]
     funnels: Mapping[str, Funnel]
     codes: Mapping[str, int]
@@ -74,12 +94,12 @@ class Manifest(NamedTuple):
     format_version: int = FORMAT_VERSION
 
     def files(self) -> list[ShardFile]:
-        """Every file that the snapshot needs besides its manifest."""
-        return [*self.media, *self.media_index, *self.samples, *self.decisions, *self.dead]
+        """Every file that the manifest lists."""
+        return [file for kind in KINDS for file in getattr(self, kind)]
 
     def to_json(self) -> bytes:
         body = self._asdict()
-        for kind in ("samples", "decisions", "dead", "media", "media_index"):
+        for kind in KINDS:
             body[kind] = [file._asdict() for file in body[kind]]
         body["funnels"] = {unit: funnel._asdict() for unit, funnel in self.funnels.items()}
         return json.dumps(body, sort_keys=True, indent=1, ensure_ascii=False).encode() + b"\n"
@@ -89,9 +109,10 @@ class Manifest(NamedTuple):
         body = json.loads(text)
         if body.get("format_version") != FORMAT_VERSION:
             raise BadRequest(
-                f"manifest format {body.get('format_version')!r}, this version reads {FORMAT_VERSION}"
+                f"manifest format {body.get('format_version')!r}, this version reads {FORMAT_VERSION};"
+                " run `shardmill curate` into a new folder"
             )
-        for kind in ("samples", "decisions", "dead", "media", "media_index"):
+        for kind in KINDS:
             body[kind] = [ShardFile(**file) for file in body[kind]]
         body["funnels"] = {unit: Funnel(**funnel) for unit, funnel in body["funnels"].items()}
         return cls(**body)
@@ -110,6 +131,7 @@ def snapshot_id_of(manifest: Manifest) -> str:
     return digest(
         {
             "format_version": manifest.format_version,
+            "parent": manifest.parent,
             "samples": [file.sha256 for file in manifest.samples],
             "decisions": [file.sha256 for file in manifest.decisions],
             "live_images": manifest.live_images_sha256,
@@ -118,131 +140,224 @@ def snapshot_id_of(manifest: Manifest) -> str:
     ).hex()
 
 
-def _read_current(out: Path) -> dict[str, str]:
+def manifest_path(snapshot_id: str) -> str:
+    """Where a snapshot's manifest lies in its output folder."""
+    return f"snapshots/{snapshot_id}/manifest.json"
+
+
+class StoredPack(NamedTuple):
+    """A media pack that a snapshot names, and its index."""
+
+    media: ShardFile
+    media_index: ShardFile
+
+
+class Current(NamedTuple):
+    """What `CURRENT` says: the snapshot in force, the run that put it there, and the bytes that say so (None: no file)."""
+
+    snapshot: str
+    run: str
+    seen: bytes | None
+
+
+def read_current(storage: Storage) -> Current:
+    """Raises CorruptShard where `CURRENT` is not what a commit writes."""
+    data = storage.read_if_there(CURRENT)
+    if data is None:
+        return Current("", "", None)
     try:
-        current = json.loads((out / "CURRENT").read_bytes())
-        return {"snapshot": current["snapshot"], "run": current["run"]}
-    except FileNotFoundError:
-        return {"snapshot": "", "run": ""}
+        current = json.loads(data)
+        return Current(current["snapshot"], current["run"], data)
     except (ValueError, KeyError, TypeError) as error:
-        raise CorruptShard(f"{out}/CURRENT", "not what a commit writes") from error
-
-
-def current_id(out: Path) -> str:
-    """Id of the snapshot in force, empty where nothing was committed yet."""
-    return _read_current(out)["snapshot"]
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    with (out / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        raise CorruptShard(f"{storage.root}/{CURRENT}", "not what a commit writes") from error
 
 
 def commit(to: Destination, base: str, manifest: Manifest) -> Manifest:
-    """Put a snapshot in force: move decisions into place, write the manifest, then `CURRENT`.
+    """Put a snapshot in force: move decisions into place, write the manifest, then swap `CURRENT`.
 
-    `manifest` comes without its id and with the paths of decisions and dead letters relative to the run's staging folder. `base`
+    `manifest` comes without its id and with the paths of what is the snapshot's own relative to the output folder, staged. `base`
     is the snapshot that was in force when the run started: another one now raises CommitConflict. Finding the run's token in
     `CURRENT` means that this very run committed already (a retried bundle): success. Returns the manifest as written.
     """
-    out = Path(to.out)
+    storage = to.storage
     snapshot_id = snapshot_id_of(manifest)
-    folder = f"snapshots/{snapshot_id}"
+
+    def place(file: ShardFile) -> ShardFile:
+        return file._replace(path=f"snapshots/{snapshot_id}/{file.path.removeprefix(f'{to.staging}/')}")
+
     placed = manifest._replace(
         snapshot_id=snapshot_id,
-        decisions=[file._replace(path=f"{folder}/{file.path}") for file in manifest.decisions],
-        dead=[file._replace(path=f"{folder}/{file.path}") for file in manifest.dead],
+        base=base,
+        decisions=[place(file) for file in manifest.decisions],
+        dead=[place(file) for file in manifest.dead],
+        tombstones=[place(file) for file in manifest.tombstones],
     )
-    with _locked(out):
-        current = _read_current(out)
-        if current["run"] != to.token:
-            if current["snapshot"] != base:
-                raise CommitConflict(
-                    f"{out}: another run committed snapshot {current['snapshot'][:12]} meanwhile; run again"
-                )
-            for staged in (*manifest.decisions, *manifest.dead):
-                target = out / folder / staged.path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with contextlib.suppress(FileNotFoundError):  # moved by an earlier try of this bundle
-                    (to.staging / staged.path).replace(target)
-                if not target.is_file() or target.stat().st_size != staged.num_bytes:
-                    raise RunFailed(f"{target}: lost between writing and commit; run again")
-            write_atomically(out / folder / "manifest.json", placed.to_json())
-            write_atomically(
-                out / "CURRENT", canonical_json({"snapshot": snapshot_id, "run": to.token}) + b"\n"
-            )
-    discard_staging(to)
+    current = read_current(storage)
+    if current.run == to.token:
+        storage.discard(to.token)
+        return open_by_id(storage, current.snapshot).manifest
+    if current.snapshot != base:
+        raise _conflict(storage, current)
+    for file in (*manifest.decisions, *manifest.dead, *manifest.tombstones):
+        target = place(file)
+        with contextlib.suppress(FileNotFoundError):  # moved by an earlier try of this bundle
+            storage.move(file.path, target.path)
+        if _size(storage, target.path) != file.num_bytes:
+            raise RunFailed(f"{storage.root}/{target.path}: lost between writing and commit; run again")
+    crash_point("manifest.before")
+    storage.write(manifest_path(snapshot_id), placed.to_json())
+    crash_point("manifest.after")
+    try:
+        storage.swap(
+            CURRENT, canonical_json({"snapshot": snapshot_id, "run": to.token}) + b"\n", current.seen
+        )
+    except CommitConflict:
+        now = read_current(storage)
+        if now.run != to.token:
+            raise _conflict(storage, now) from None
+    crash_point("current.after")
+    storage.discard(to.token)
     return placed
 
 
-def discard_staging(to: Destination) -> None:
-    """Remove what a run wrote and did not commit. Published media packs stay: the next run writes the same ones."""
-    shutil.rmtree(to.staging, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        to.staging.parent.rmdir()
+def _conflict(storage: Storage, current: Current) -> CommitConflict:
+    return CommitConflict(
+        f"{storage.root}: another run committed snapshot {current.snapshot[:12]} meanwhile; run again"
+    )
 
 
-def _read_table(path: Path) -> pa.Table:
-    try:
-        return pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise CorruptShard(str(path), f"cannot be read ({error})") from error
+def _size(storage: Storage, path: str) -> int | None:
+    with contextlib.suppress(FileNotFoundError):
+        return storage.size(path)
+    return None
 
 
 class Snapshot:
-    """A committed snapshot, open for reading."""
+    """A committed snapshot, open for reading. `manifests` are its own and its parents', the oldest first."""
 
-    def __init__(self, out: Path, manifest: Manifest) -> None:
-        self.out, self.manifest = out, manifest
-        self.media = MediaReader([out / pack.path for pack in manifest.media])
+    def __init__(self, storage: Storage, manifests: Sequence[Manifest]) -> None:
+        self.storage, self.manifests = storage, manifests
+        self.media = PackReader(storage, self.files("media"))
+        self.conversations = PackReader(storage, self.files("conversations"))
 
     @property
     def id(self) -> str:
         return self.manifest.snapshot_id
 
+    @property
+    def manifest(self) -> Manifest:
+        """Its own manifest; see `files` for those of parents."""
+        return self.manifests[-1]
+
+    def files(self, kind: str = "") -> list[ShardFile]:
+        """Its files, parents' first; of one kind, or all."""
+        if kind:
+            return [file for manifest in self.manifests for file in getattr(manifest, kind)]
+        return [file for manifest in self.manifests for file in manifest.files()]
+
     def samples(self) -> Iterator[Sample]:
         """All samples, shard by shard, in stored order."""
-        for shard in self.manifest.samples:
+        for shard in self.files("samples"):
             yield from self.samples_of(shard)
 
     def samples_of(self, shard: ShardFile) -> Iterator[Sample]:
         """The samples of one shard of the manifest, in stored order."""
-        return read_samples(self.out / shard.path)
+        return read_samples(self.storage, shard.path)
+
+    def batches(self, kind: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Some columns of `samples`, `decisions`, `dead` or `tombstones`, in stored order, a bounded number of rows at a time."""
+        for file in self.files(kind):
+            yield from read_batches(self.storage, file.path, columns)
 
     def table(self, kind: str) -> pa.Table:
-        """`samples`, `decisions` or `dead` as one table, empty where the run had none."""
-        files: Sequence[ShardFile] = getattr(self.manifest, kind)
-        tables = [_read_table(self.out / file.path) for file in files]
-        return pa.concat_tables([SCHEMAS[kind].empty_table(), *tables])
+        """`samples`, `decisions`, `dead` or `tombstones` as one table, empty where the run had none."""
+        return pa.concat_tables([SCHEMAS[kind].empty_table(), *self.batches(kind)])
+
+    def stored_packs(self) -> list[StoredPack]:
+        """Its media packs that are there in the size that the manifest says: those that a later snapshot may go on using."""
+        sizes = {file.path: file.num_bytes for file in self.storage.walk("media")}
+        index_of = {index.path: index for index in self.files("media_index")}
+        packs = [StoredPack(pack, index_of[f"{pack.path}.index"]) for pack in self.files("media")]
+        return [pack for pack in packs if all(sizes.get(file.path) == file.num_bytes for file in pack)]
+
+    def tombstones(self) -> set[bytes]:
+        """Ids of packed images that no sample names."""
+        return {
+            bytes.fromhex(image_id)
+            for batch in self.batches("tombstones")
+            for image_id in batch.column(0).to_pylist()
+        }
+
+
+def split_at(path: str) -> tuple[str, str | None]:
+    """`OUT@ID` -> (OUT, ID); (path, None) for a path without one, or where that very path is a folder."""
+    folder, at, wanted = path.rpartition("@")
+    if not at or (not is_remote(path) and Path(path).expanduser().exists()):
+        return path, None
+    return folder, wanted
+
+
+def stored_snapshots(storage: Storage) -> list[str]:
+    """Ids of all snapshots that have a manifest, sorted."""
+    return sorted(
+        found[1]
+        for file in storage.walk("snapshots")
+        if (found := re.fullmatch(r"snapshots/([0-9a-f]+)/manifest\.json", file.path))
+    )
+
+
+def read_pins(storage: Storage) -> dict[str, str]:
+    """Names of pinned snapshots, and their ids."""
+    return {
+        file.path.removeprefix(f"{PINS}/"): storage.read(file.path).decode().strip()
+        for file in storage.walk(PINS)
+    }
 
 
 def open_snapshot(path: str) -> Snapshot:
-    """Open `OUT` (the snapshot in force) or `OUT@ID` (that one; a prefix of the id will do).
+    """Open `OUT` (the snapshot in force), `OUT@ID` (a prefix of the id will do) or `OUT@NAME` (a pinned one).
 
-    Raises BadRequest where there is none.
+    Raises BadRequest where there is none, CorruptShard where it cannot be read.
     """
-    folder, at, wanted = (
-        path.rpartition("@") if "@" in path and not Path(path).expanduser().exists() else (path, "", "")
-    )
-    out = Path(folder).expanduser()
-    if not out.is_dir():
+    folder, wanted = split_at(path)
+    storage = storage_of(folder)
+    if not storage.exists():
         raise BadRequest(f"{folder}: no such folder; give the --output of an earlier `shardmill curate`")
-    snapshot_id = wanted if at else current_id(out)
-    if not snapshot_id and not at:
+    if wanted is not None:
+        return open_by_id(storage, _resolve(storage, path, wanted))
+    snapshot_id = read_current(storage).snapshot
+    if not snapshot_id:
         raise BadRequest(
             f"{folder}: holds no finished run; make one with `shardmill curate --output {folder}`"
         )
-    stored = sorted(p.parent for p in out.glob("snapshots/*/manifest.json"))
-    found = [folder for folder in stored if snapshot_id and folder.name.startswith(snapshot_id)]
-    if len(found) != 1:
-        if not at:
-            raise CorruptShard(f"{out}/CURRENT", f"names snapshot {snapshot_id}, which is not there")
-        known = ", ".join(folder.name[:12] for folder in stored) or "none"
-        raise BadRequest(f"{path}: {len(found)} snapshots match {wanted!r}; there are: {known}")
-    path_of_manifest = found[0] / "manifest.json"
     try:
-        return Snapshot(out, Manifest.from_json(path_of_manifest.read_bytes()))
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptShard(str(path_of_manifest), "not what a commit writes") from error
+        return open_by_id(storage, snapshot_id)
+    except FileNotFoundError:
+        raise CorruptShard(
+            f"{storage.root}/{CURRENT}", f"names snapshot {snapshot_id}, which is not there"
+        ) from None
+
+
+def _resolve(storage: Storage, path: str, wanted: str) -> str:
+    pins = read_pins(storage)
+    stored = stored_snapshots(storage)
+    if wanted in pins:
+        return pins[wanted]
+    found = [snapshot_id for snapshot_id in stored if wanted and snapshot_id.startswith(wanted)]
+    if len(found) != 1:
+        known = ", ".join([*sorted(pins), *(snapshot_id[:12] for snapshot_id in stored)]) or "none"
+        raise BadRequest(f"{path}: {len(found)} snapshots match {wanted!r}; there are: {known}")
+    return found[0]
+
+
+def open_by_id(storage: Storage, snapshot_id: str) -> Snapshot:
+    """Open a snapshot by its whole id. Raises FileNotFoundError where it, or a parent, is not there."""
+    manifests: list[Manifest] = []
+    while snapshot_id:
+        path = manifest_path(snapshot_id)
+        try:
+            manifests.insert(0, Manifest.from_json(storage.read(path)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptShard(f"{storage.root}/{path}", "not what a commit writes") from error
+        snapshot_id = manifests[0].parent
+    return Snapshot(storage, manifests)

@@ -3,17 +3,20 @@
 Ids are lower-case hex here. Rows are sorted by the caller; equal rows give equal bytes.
 """
 
+import contextlib
 import io
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shards.content_named import ContentNamedFile
 from shards.errors import CorruptShard
-from shards.files import ContentNamedFile
+from shards.ids import sample_document
+from shards.packs import PackWriter
 from shards.records import Call, DeadLetter, Decision, Origin, Provenance, Sample, ShardFile, Tag, Turn
+from shards.storage import Storage
 
 TURNS = pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())]))
 CALLS = pa.list_(pa.struct([("prompt_id", pa.string()), ("prompt", pa.string()), ("answer", pa.string())]))
@@ -56,9 +59,16 @@ DECISION_SCHEMA = pa.schema(
 DEAD_SCHEMA = pa.schema(
     [DECISION_SCHEMA.field(n) for n in ("id", "stage", "code", "source", "name", "offset")]
 )
-SCHEMAS = {"samples": SAMPLE_SCHEMA, "decisions": DECISION_SCHEMA, "dead": DEAD_SCHEMA}
+TOMBSTONE_SCHEMA = pa.schema([("image_id", pa.string())])
+SCHEMAS = {
+    "samples": SAMPLE_SCHEMA,
+    "decisions": DECISION_SCHEMA,
+    "dead": DEAD_SCHEMA,
+    "tombstones": TOMBSTONE_SCHEMA,
+}
 
 ROW_GROUP_ROWS = 10_000
+BATCH_ROWS = 65_536
 
 
 def _sample_row(sample: Sample) -> dict[str, Any]:
@@ -120,26 +130,66 @@ def dead_table(letters: Sequence[DeadLetter]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=DEAD_SCHEMA)
 
 
+def tombstones_table(image_ids: Sequence[bytes]) -> pa.Table:
+    """Ids of packed images that no sample names, as a table of `TOMBSTONE_SCHEMA`."""
+    return pa.Table.from_pydict({"image_id": [i.hex() for i in image_ids]}, schema=TOMBSTONE_SCHEMA)
+
+
 def parquet_bytes(table: pa.Table, row_group_rows: int = ROW_GROUP_ROWS) -> bytes:
-    """The table as a Parquet file: zstd, no timestamps, the same bytes for the same rows."""
+    """The table as a Parquet file: zstd, a checksum on every page, no timestamps; the same bytes for the same rows."""
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", row_group_size=row_group_rows)
+    pq.write_table(table, sink, compression="zstd", row_group_size=row_group_rows, write_page_checksum=True)
     return sink.getvalue()
 
 
-def write_table(table: pa.Table, kind: str, out: Path, folder: str, shard: int, staging: Path) -> ShardFile:
-    """Write a table as `OUT/<folder>/<kind>-<shard>-<hash>.parquet`."""
-    with ContentNamedFile(out / folder, f"{kind}-{shard:05d}-{{sha256}}.parquet", staging) as file:
+def write_table(
+    storage: Storage, token: str, table: pa.Table, kind: str, folder: str, shard: int
+) -> ShardFile:
+    """Write a table as `FOLDER/KIND-SHARD-HASH.parquet`."""
+    with ContentNamedFile(storage, folder, f"{kind}-{shard:05d}-{{sha256}}.parquet", token) as file:
         file.write(parquet_bytes(table))
         path, sha256 = file.publish()
-    return ShardFile(kind, f"{folder}/{path.name}", sha256, file.num_bytes, table.num_rows)
+    return ShardFile(kind, path, sha256, file.num_bytes, table.num_rows)
 
 
-def read_samples(path: Path) -> Iterator[Sample]:
+def write_samples(storage: Storage, token: str, samples: Sequence[Sample], shard: int) -> list[ShardFile]:
+    """Write the samples of one shard, in ascending order of id, as a table and as a pack of their documents with its index."""
+    ordered = sorted(samples, key=lambda sample: (sample.sample_id, sample.provenance.generator))
+    table = write_table(storage, token, samples_table(ordered), "samples", "samples", shard)
+    with PackWriter(storage, token, "samples", "conversations", shard) as pack:
+        previous = b""
+        for sample in ordered:
+            if sample.sample_id != previous:  # a model may have written, word for word, what a source says
+                pack.write(sample.sample_id, sample_document(sample.image_ids, sample.conversation))
+            previous = sample.sample_id
+        return [table, *pack.publish()]
+
+
+def read_samples(storage: Storage, path: str) -> Iterator[Sample]:
     """Samples of one shard in order. Raises CorruptShard where it cannot be read."""
+    for batch in read_batches(storage, path):
+        yield from map(_sample_of, batch.to_pylist())
+
+
+def read_batches(storage: Storage, path: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """A table in pieces of at most `BATCH_ROWS` rows. Raises CorruptShard where it cannot be read."""
+    with open_table(storage, path) as file:
+        for batch in file.iter_batches(BATCH_ROWS, columns=list(columns) if columns else None):
+            yield pa.Table.from_batches([batch])
+
+
+@contextlib.contextmanager
+def open_table(storage: Storage, path: str) -> Iterator[pq.ParquetFile]:
+    """A table open for reading, the checksum of every page checked. Raises CorruptShard where it cannot be read, here or inside."""
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                yield from map(_sample_of, batch.to_pylist())
+        with (
+            storage.stream(path) as stream,
+            pq.ParquetFile(stream, page_checksum_verification=True) as file,
+        ):
+            yield file
+    except FileNotFoundError:
+        raise CorruptShard(f"{storage.root}/{path}", "missing; `shardmill verify` checks all files") from None
     except (OSError, pa.ArrowException) as error:
-        raise CorruptShard(str(path), f"cannot be read ({error})") from error
+        raise CorruptShard(
+            f"{storage.root}/{path}", f"cannot be read ({error}); `shardmill verify` checks all files"
+        ) from error

@@ -1,15 +1,24 @@
-"""Is a snapshot whole? Every file there, of the hash and number of records that its manifest names."""
+"""Is a snapshot whole? Every file there, of the hash and number of records that its manifest names, and every sample's images."""
 
+import io
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards.errors import CorruptShard
-from shards.files import sha256_of
-from shards.media import read_index, read_pack
+from shards.errors import BadData, CorruptShard
+from shards.ids import digest_of_stream
+from shards.packs import INDEX_ROW, read_index, read_pack
 from shards.records import ShardFile
-from shards.snapshot import Snapshot
+from shards.snapshot import Snapshot, snapshot_id_of
+from shards.storage import Storage
+from shards.tables import SCHEMAS
+from shards.tfrecord import FRAME_BYTES
+
+Decode = Callable[[bytes], object]
+"""Decodes an image; raises BadData for what is none."""
 
 
 class Fault(NamedTuple):
@@ -22,45 +31,125 @@ class Fault(NamedTuple):
         return f"{self.path}: {self.what}"
 
 
-def _count_records(snapshot: Snapshot, file: ShardFile) -> int:
-    path = snapshot.out / file.path
-    if file.kind == "media":
-        return sum(1 for _ in read_pack(path))
-    if file.kind == "media_index":
-        return len(read_index(path))
-    return int(pq.read_metadata(path).num_rows)
+def verify_snapshot(
+    snapshot: Snapshot, decode: Decode | None = None, advance: Callable[[ShardFile], None] = lambda _: None
+) -> Iterator[Fault]:
+    """Every fault of a snapshot's files, and of samples that name an image no pack holds. None: it is whole.
+
+    With `decode` every image is decoded too. `advance` is told of each file when it has been looked at.
+    """
+    whole = True
+    for manifest in snapshot.manifests:
+        if snapshot_id_of(manifest) != manifest.snapshot_id:
+            yield Fault(f"snapshots/{manifest.snapshot_id}/manifest.json", "its content has another id")
+    for file in snapshot.files():
+        for fault in _faults(snapshot.storage, file, decode):
+            whole = False
+            yield fault
+        advance(file)
+    if whole:
+        yield from _missing(snapshot)
 
 
-def _check(snapshot: Snapshot, file: ShardFile) -> Fault | None:
-    path = snapshot.out / file.path
-    if not path.is_file():
-        return Fault(file.path, "missing")
-    size = path.stat().st_size
-    if size != file.num_bytes:
-        return Fault(file.path, f"{size} bytes, the manifest says {file.num_bytes}")
+def _missing(snapshot: Snapshot) -> Iterator[Fault]:
+    """Whatever samples name, in files that are each for themselves as they were written."""
+    tombstones = snapshot.tombstones()
+    for table in snapshot.batches("samples", ["sample_id", "image_ids"]):
+        for sample_id, image_ids in zip(
+            table["sample_id"].to_pylist(), table["image_ids"].to_pylist(), strict=True
+        ):
+            for image_id in image_ids:
+                if bytes.fromhex(image_id) not in snapshot.media:
+                    yield Fault(f"sample {sample_id}", f"image {image_id} is in no pack")
+                elif bytes.fromhex(image_id) in tombstones:
+                    yield Fault(f"sample {sample_id}", f"image {image_id} is a tombstone")
+            if bytes.fromhex(sample_id) not in snapshot.conversations:
+                yield Fault(f"sample {sample_id}", "its conversation is in no pack")
+
+
+def _faults(storage: Storage, file: ShardFile, decode: Decode | None) -> Iterator[Fault]:
+    """The faults of one file; of several that one damage makes only the most exact."""
     try:
-        count = _count_records(snapshot, file)
+        size = storage.size(file.path)
+    except FileNotFoundError:
+        yield Fault(file.path, "missing")
+        return
+    check = _CHECKS.get(file.kind, _check_table)
+    try:
+        count = check(storage, file)
+        with storage.stream(file.path) as stream:
+            sha256 = digest_of_stream(stream)
     except CorruptShard as error:
         where = "" if error.record is None else f" in record {error.record}"
-        return Fault(file.path, f"{error.what}{where}")
-    except (pa.ArrowException, OSError) as error:
-        return Fault(file.path, f"not readable: {error}")
-    if sha256_of(path) != file.sha256:
-        return Fault(file.path, "sha256 differs from the manifest's")
-    if count != file.num_records:
-        return Fault(file.path, f"{count} records, the manifest says {file.num_records}")
-    return None
+        yield Fault(file.path, f"{error.what}{where}")
+        return
+    if sha256 != file.sha256:
+        shown = "" if size == file.num_bytes else f"{size} bytes, the manifest says {file.num_bytes}; "
+        yield Fault(file.path, f"{shown}sha256 differs from the manifest's; {count} records can be read")
+    elif count != file.num_records:
+        yield Fault(file.path, f"{count} records, the manifest says {file.num_records}")
+    elif decode and file.kind == "media":
+        for number, (_, encoded) in enumerate(read_pack(storage, file.path)):
+            try:
+                decode(encoded)
+            except BadData as error:
+                yield Fault(file.path, f"does not decode ({error.code}: {error}) in record {number}")
 
 
-def verify_snapshot(snapshot: Snapshot) -> list[Fault]:
-    """Every fault of a snapshot's files, and of samples that name an image no pack holds. Empty: it is whole."""
-    faults = [fault for file in snapshot.manifest.files() if (fault := _check(snapshot, file))]
-    if faults:
-        return faults
-    for sample in snapshot.samples():
-        for image_id in sample.image_ids:
-            if image_id not in snapshot.media:
-                faults.append(
-                    Fault(f"sample {sample.sample_id.hex()}", f"image {image_id.hex()} is in no pack")
-                )
-    return faults
+def _check_pack(storage: Storage, file: ShardFile) -> int:
+    """Records of a pack; raises CorruptShard where one is damaged or out of order."""
+    count, previous = 0, b""
+    for record_id, _ in read_pack(storage, file.path):
+        if record_id <= previous:
+            raise CorruptShard(file.path, "out of order", count)
+        count, previous = count + 1, record_id
+    return count
+
+
+def _check_index(storage: Storage, file: ShardFile) -> int:
+    """Rows of an index; raises CorruptShard at the first that does not say where its pack has that record."""
+    index = read_index(storage, file.path)
+    offset = 0
+    try:
+        for number, (record_id, data) in enumerate(read_pack(storage, file.path.removesuffix(".index"))):
+            length = len(data) + FRAME_BYTES
+            if number >= len(index):
+                raise CorruptShard(file.path, "has no row for the pack's record", number)
+            if index[number].tobytes() != np.array((record_id, offset, length), INDEX_ROW).tobytes():
+                raise CorruptShard(file.path, "does not fit the pack", number)
+            offset += length
+    except (CorruptShard, FileNotFoundError) as error:
+        if isinstance(error, CorruptShard) and error.path == file.path:
+            raise
+        # The pack is at fault, which is said at the pack: here the hash decides.
+    return len(index)
+
+
+def _check_table(storage: Storage, file: ShardFile) -> int:
+    """Rows of a table; raises CorruptShard with the rows of the damaged row group."""
+    data = storage.read(file.path)
+    try:
+        with pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True) as table:
+            if not table.schema_arrow.equals(SCHEMAS[file.kind]):
+                raise CorruptShard(file.path, "has another schema")
+            start = 0
+            for group in range(table.num_row_groups):
+                rows = table.metadata.row_group(group).num_rows
+                try:
+                    table.read_row_group(group)
+                except (OSError, pa.ArrowException, ValueError) as error:
+                    raise CorruptShard(
+                        file.path, f"damaged in rows {start} to {start + rows - 1} ({error})"
+                    ) from error
+                start += rows
+            return start
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise CorruptShard(file.path, f"its footer cannot be read ({error})") from error
+
+
+_CHECKS = {
+    "media": _check_pack,
+    "conversations": _check_pack,
+    "media_index": _check_index,
+    "conversations_index": _check_index,
+}

@@ -1,8 +1,10 @@
-"""What several rooms' tests share: real images."""
+"""What several rooms' tests share: real images, a Cloud Storage."""
 
 from pathlib import Path
 
 import pytest
+
+from tests.loopback_gcs import gcs, gcs_server  # noqa: F401  (fixtures)
 
 REPOSITORY = Path(__file__).parent.parent
 IMAGES = REPOSITORY / "examples" / "images"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from shards.files import write_atomically
-from shards.media import MediaReader
+from shards.packs import PackReader
 from training.data import TrainingSample, load_pixels, normalise
 from training.model import VisionLanguageModel, autocast
 from training.tokens import ChatEncoder
@@ -29,7 +29,7 @@ class Caption(NamedTuple):
 
 
 @torch.inference_mode()
-def answer(vlm: VisionLanguageModel, encoder: ChatEncoder, sample: TrainingSample, media: MediaReader) -> str:
+def answer(vlm: VisionLanguageModel, encoder: ChatEncoder, sample: TrainingSample, media: PackReader) -> str:
     """The model's greedy answer to the question that shows the image, at most 32 tokens."""
     device = vlm.model.device
     ids = encoder.prompt(sample.messages[: sample.question + 1])

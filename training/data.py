@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from images.decode import model_input, open_image
-from shards.media import MediaReader
+from shards.packs import PackReader
 from shards.records import Geometry, Sample, Turn
 from training.model import IGNORED, IMAGE_TOKEN, Tower
 from training.tokens import ChatEncoder, Message, TextTokens
@@ -134,7 +134,7 @@ def endless(samples: Sequence[TrainingSample], seed: int) -> Iterator[TrainingSa
 
 
 def batches(
-    samples: Iterable[TrainingSample], media: MediaReader, encoder: ChatEncoder, tower: Tower, batch_size: int
+    samples: Iterable[TrainingSample], media: PackReader, encoder: ChatEncoder, tower: Tower, batch_size: int
 ) -> Iterator[Batch]:
     """Full batches in the order of `samples`, those that do not fit `max_tokens` left out.
 
@@ -154,7 +154,7 @@ def batches(
         yield collate(texts, np.stack(pixels), tower)
 
 
-def load_pixels(media: MediaReader, image_id: bytes, geometry: Geometry) -> npt.NDArray[np.uint8]:
+def load_pixels(media: PackReader, image_id: bytes, geometry: Geometry) -> npt.NDArray[np.uint8]:
     """uint8 (S, S, 3) RGB: the pixels that the image was curated by."""
     # No cap on pixels: the one that the user chose for curation already let this image pass.
     image, _ = open_image(media.read(image_id), max_pixels=sys.maxsize)

@@ -5,7 +5,7 @@ Importing it gives every record a RowCoder: deterministic, and a third of pickle
 
 from apache_beam import coders
 
-from shards import records
+from shards import ledger, records, snapshot
 
 for _record in (
     records.SourceImage,
@@ -20,5 +20,9 @@ for _record in (
     records.Decision,
     records.DeadLetter,
     records.ShardFile,
+    snapshot.StoredPack,
+    ledger.Segment,
+    ledger.RefRow,
+    ledger.ImageRow,
 ):
     coders.registry.register_coder(_record, coders.RowCoder)

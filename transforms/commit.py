@@ -6,16 +6,14 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import apache_beam as beam
 from apache_beam.pvalue import AsIter, AsSingleton
 from apache_beam.typehints.decorators import no_annotations
 
-from shards.files import write_atomically
 from shards.records import DeadLetter, Decision, ShardFile
-from shards.snapshot import Destination, Manifest, commit, funnel_of, snapshot_id_of
+from shards.snapshot import KINDS, Destination, Manifest, commit, funnel_of, snapshot_id_of
 
 MESSAGES_PER_CODE = 5
 _VERSIONED = ("shardmill", "apache-beam", "pyarrow", "pillow", "torch", "timm", "numpy")
@@ -59,15 +57,12 @@ def build_manifest(
     fates: Mapping[str, int],
     inputs: Mapping[str, int],
     live: Iterable[tuple[int, int, bytes]],
-    tombstones: Iterable[str],
     synthesised: int,
     encoders: Sequence[str],
     options: Mapping[str, Any],
 ) -> Manifest:
     """The manifest of a run, not yet named. Raises AssertionError where fates and inputs do not add up."""
-    by_kind: dict[str, list[ShardFile]] = {
-        kind: [] for kind in ("media", "media_index", "samples", "decisions", "dead")
-    }
+    by_kind: dict[str, Any] = {kind: [] for kind in KINDS}
     for file in sorted(set(files), key=lambda file: file.path):
         by_kind[file.kind].append(file)
     by_unit: dict[str, Counter[str]] = {"image": Counter(), "sample": Counter()}
@@ -78,14 +73,10 @@ def build_manifest(
     manifest = Manifest(
         snapshot_id="",
         parent="",
-        samples=by_kind["samples"],
-        decisions=by_kind["decisions"],
-        dead=by_kind["dead"],
-        media=by_kind["media"],
-        media_index=by_kind["media_index"],
+        base="",
+        **by_kind,
         live_images=sum(count for _, count, _ in buckets),
         live_images_sha256=hashlib.sha256(b"".join(digest for _, _, digest in buckets)).hexdigest(),
-        tombstones=sorted(tombstones),
         options=options,
         funnels={unit: funnel_of(by_unit[unit], inputs[unit], unit) for unit in by_unit},
         codes=dict(sorted(fates.items())),
@@ -93,11 +84,13 @@ def build_manifest(
         versions={name: importlib.metadata.version(name) for name in _VERSIONED}
         | {"encoders": sorted(encoders)},
     )
-    packed = sum(file.num_records for file in manifest.media)
+    packed, tombstones = (
+        sum(file.num_records for file in files) for files in (manifest.media, manifest.tombstones)
+    )
     kept = manifest.funnels["image"].kept
-    if not packed - len(manifest.tombstones) == manifest.live_images == kept:
+    if not packed - tombstones == manifest.live_images == kept:
         raise AssertionError(
-            f"{packed} images packed, {len(manifest.tombstones)} tombstones, {manifest.live_images} live, {kept} kept"
+            f"{packed} images packed, {tombstones} tombstones, {manifest.live_images} live, {kept} kept"
         )
     return manifest
 
@@ -134,26 +127,25 @@ class _Commit(beam.DoFn):
         image_inputs: int,
         sample_inputs: int,
         live: Iterable[tuple[int, int, bytes]],
-        tombstones: Iterable[str],
         synthesised: int,
         encoders: Iterable[str],
         messages: Iterable[tuple[str, list[DeadLetter]]],
     ) -> Iterable[str]:
         inputs = {"image": image_inputs, "sample": sample_inputs}
         unnamed = build_manifest(
-            files, dict(fates), inputs, live, tombstones, synthesised, list(encoders), self._facts.options
+            files, dict(fates), inputs, live, synthesised, list(encoders), self._facts.options
         )
         # Before the commit: what fails here leaves no half-told run.
         named = unnamed._replace(snapshot_id=snapshot_id_of(unnamed))
         metrics = _metrics_json(named, messages, self._facts)
         manifest = commit(self._to, self._facts.base, unnamed)
-        write_atomically(Path(self._to.out) / "metrics.json", metrics)
+        self._to.storage.write("metrics.json", metrics)
         yield manifest.snapshot_id
 
 
 @dataclass
 class Commit(beam.PTransform):
-    """{files, decisions, dead, images, samples, live, tombstones, synthesised, encoders} -> the snapshot's id.
+    """{files, decisions, dead, images, samples, live, synthesised, encoders} -> the snapshot's id.
 
     `images` and `samples` are the run's input, one element each, and are only counted; `synthesised` likewise. Everything meets in
     one DoFn as side inputs: file names and counts, never rows.
@@ -178,9 +170,6 @@ class Commit(beam.PTransform):
             >> beam.Map(lambda d: (f"{d.stage}/{d.code}", d)).with_output_types(tuple[str, DeadLetter])
             | "FewPerCode" >> beam.combiners.Top.SmallestPerKey(MESSAGES_PER_CODE)
         )
-        # Through a step of their own: BundleBasedDirectRunner gives a side input that is one of several outputs of a ParDo the
-        # elements of all of them, or none, as the hash seed falls (EvaluationContext.handle_result looks at the first output only).
-        tombstones = inputs["tombstones"] | "TombstoneNames" >> beam.Map(bytes.hex).with_output_types(str)
         encoders = inputs["encoders"] | "DistinctEncoders" >> beam.Distinct()
         return (
             inputs["files"].pipeline
@@ -193,7 +182,6 @@ class Commit(beam.PTransform):
                 image_inputs=count("images"),
                 sample_inputs=count("samples"),
                 live=AsIter(inputs["live"] | "LiveDigests" >> DigestIds()),
-                tombstones=AsIter(tombstones),
                 synthesised=count("synthesised"),
                 encoders=AsIter(encoders),
                 messages=AsIter(messages),

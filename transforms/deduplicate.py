@@ -18,9 +18,13 @@ STAGE = "deduplicate"
 
 
 def choose_reference(references: Iterable[EmbeddedImage]) -> tuple[EmbeddedImage, list[EmbeddedImage]]:
-    """Of several references to one image_id the first by (source priority, source, name, offset), and the others."""
+    """Of several references to one image_id the first by (source priority, source, name, offset), and the others.
+
+    Where workers rounded differently, the smallest of their results stands, whichever reference it came by.
+    """
     first, *others = sorted(references, key=lambda image: image.source_image.origin)
-    return first, others
+    result = min((image.numerics, image.embedding, image.scores) for image in (first, *others))
+    return first._replace(numerics=result[0], embedding=result[1], scores=result[2]), others
 
 
 class _ChooseReference(beam.DoFn):

@@ -13,15 +13,26 @@ from apache_beam.ml.inference.base import ModelHandler, RunInference
 from apache_beam.typehints.decorators import no_annotations
 
 from embeddings.encoder import Encoder, EncoderSpec, load_encoder
-from images.decode import Limits, decode
-from images.fetch import fetch
+from images.decode import DECODER, Limits, decode
+from images.fetch import fetch_known
 from shards.errors import BadData
 from shards.ids import digest, image_id_of
+from shards.ledger import ImageRow, Ledger, RefRow, image_key, ref_key
 from shards.records import EmbeddedImage, Geometry, ImageFacts, SourceImage
+from shards.snapshot import Destination
 from transforms.fates import DEAD, DECISIONS, Outcome, died
 from transforms.progress import ProgressFile
 
 STAGE = "decode"
+
+
+class FetchedImage(NamedTuple):
+    """One reference, fetched. `etag` is what its bytes were read under, empty where they changed meanwhile."""
+
+    image_id: bytes
+    source_image: SourceImage
+    encoded: bytes
+    etag: str
 
 
 class DecodedImage(NamedTuple):
@@ -33,19 +44,17 @@ class DecodedImage(NamedTuple):
     pixels: npt.NDArray[np.uint8]
 
 
-def fetch_and_decode(source_image: SourceImage, geometry: Geometry, limits: Limits) -> DecodedImage:
-    """Fetch, hash, decode and measure one reference.
+def fetch_image(source_image: SourceImage, limits: Limits) -> FetchedImage:
+    """Fetch and hash one reference. Raises BadData as `fetch` does."""
+    encoded, etag = fetch_known(source_image.ref, limits.max_bytes)
+    return FetchedImage(image_id_of(encoded), source_image, encoded, etag)
 
-    Raises BadData as `fetch` and `open_image` do; where the bytes were had, its `item_id` is their hash.
-    """
-    encoded = fetch(source_image.ref, limits.max_bytes)
-    image_id = image_id_of(encoded)
-    try:
-        facts, pixels = decode(encoded, geometry, limits)
-    except BadData as error:
-        raise BadData(error.code, str(error), image_id) from error
-    ref = source_image.ref._replace(length=len(encoded))
-    return DecodedImage(image_id, source_image._replace(ref=ref), facts, pixels)
+
+def decode_image(fetched: FetchedImage, geometry: Geometry, limits: Limits) -> DecodedImage:
+    """Decode and measure. Raises BadData as `open_image` does."""
+    facts, pixels = decode(fetched.encoded, geometry, limits)
+    sized = fetched.source_image.ref._replace(length=len(fetched.encoded))
+    return DecodedImage(fetched.image_id, fetched.source_image._replace(ref=sized), facts, pixels)
 
 
 def embed(encoder: Encoder, batch: Sequence[DecodedImage]) -> list[EmbeddedImage]:
@@ -59,6 +68,7 @@ def embed(encoder: Encoder, batch: Sequence[DecodedImage]) -> list[EmbeddedImage
             vector.astype("<f2").tobytes(),
             score.astype("<f2").tobytes(),
             encoder.fingerprint,
+            encoder.numerics,
         )
         for decoded, vector, score in zip(batch, vectors, scores, strict=True)
     ]
@@ -86,11 +96,60 @@ class EncoderHandler(ModelHandler[DecodedImage, EmbeddedImage, Encoder]):  # typ
         return "embed"
 
 
+def image_row(image: EmbeddedImage) -> ImageRow:
+    """What the ledger keeps of an embedded image."""
+    facts = image.facts
+    return ImageRow(
+        image_key(image.image_id, DECODER, image.encoder),
+        image.numerics,
+        "",
+        "",
+        0,
+        facts.num_bytes,
+        facts.width,
+        facts.height,
+        facts.format,
+        facts.pixel_hash,
+        facts.phash,
+        facts.structure,
+        image.embedding,
+        image.scores,
+    )
+
+
+def failure_row(fetched: FetchedImage, error: BadData, encoder: str, limits: Limits) -> ImageRow:
+    """What the ledger keeps of bytes that are no image to us: what they are does not pass."""
+    key = image_key(fetched.image_id, DECODER, encoder)
+    return ImageRow(
+        key,
+        "",
+        error.code,
+        str(error),
+        limits.max_pixels,
+        len(fetched.encoded),
+        0,
+        0,
+        "",
+        b"",
+        b"",
+        b"",
+        b"",
+        b"",
+    )
+
+
 class _FetchAndDecode(beam.DoFn):
-    def __init__(self, geometry: Geometry, limits: Limits, progress: str) -> None:
-        self._geometry, self._limits, self._progress_folder = geometry, limits, progress
+    """Also notes in the ledger what each reference led to, and what cannot be decoded."""
+
+    def __init__(
+        self, to: Destination, encoder: str, geometry: Geometry, limits: Limits, progress: str
+    ) -> None:
+        self._to, self._encoder, self._geometry, self._limits = to, encoder, geometry, limits
+        self._progress_folder = progress
 
     def setup(self) -> None:
+        self._refs = Ledger(self._to.storage, RefRow).writer(self._to.token)
+        self._failures = Ledger(self._to.storage, ImageRow).writer(self._to.token)
         self._progress = ProgressFile(self._progress_folder, "images")
         self._decoded = Metrics.counter(STAGE, "decoded")
         self._msec = Metrics.distribution(STAGE, "decode_msec")
@@ -108,12 +167,39 @@ class _FetchAndDecode(beam.DoFn):
 
     def _try(self, source_image: SourceImage) -> DecodedImage | BadData:
         try:
-            return fetch_and_decode(source_image, self._geometry, self._limits)
-        except BadData as error:
+            fetched = fetch_image(source_image, self._limits)
+        except BadData as error:  # not noted: it may pass
             return error
+        if fetched.etag:
+            key = ref_key(source_image.ref, fetched.etag)
+            self._refs.append(RefRow(key, fetched.image_id, len(fetched.encoded)))
+        try:
+            return decode_image(fetched, self._geometry, self._limits)
+        except BadData as error:
+            self._failures.append(failure_row(fetched, error, self._encoder, self._limits))
+            return BadData(error.code, str(error), fetched.image_id)
 
     def finish_bundle(self) -> None:
+        self._refs.flush()
+        self._failures.flush()
         self._progress.write()
+
+
+class _Remember(beam.DoFn):
+    """Notes every image in the ledger as it comes from the encoder, so that a killed run goes on where it was."""
+
+    def __init__(self, to: Destination) -> None:
+        self._to = to
+
+    def setup(self) -> None:
+        self._images = Ledger(self._to.storage, ImageRow).writer(self._to.token)
+
+    def process(self, image: EmbeddedImage) -> Iterator[EmbeddedImage]:
+        self._images.append(image_row(image))
+        yield image
+
+    def finish_bundle(self) -> None:
+        self._images.flush()
 
 
 def _by_origin(image: SourceImage) -> tuple[bytes, SourceImage]:
@@ -145,21 +231,26 @@ class EmbedImages(beam.PTransform):
     """PCollection[SourceImage] -> Outcome of EmbeddedImage. Expects redistributed references.
 
     Dropped: what cannot be fetched or decoded, each with a code. Shuffled: nothing. In batch as in streaming an image's embedding
-    is the same bits, because every forward has one batch size.
+    is the same bits, because every forward has one batch size. What was worked out is in the ledger of `to` soon after.
     """
 
     spec: EncoderSpec
+    encoder: str
     geometry: Geometry
     images_at_once: int
     limits: Limits
+    to: Destination
     progress: str = ""
 
     @no_annotations
     def expand(self, references: beam.PCollection[SourceImage]) -> Outcome:
         decoded = references | "FetchAndDecode" >> beam.ParDo(
-            _FetchAndDecode(self.geometry, self.limits, self.progress)
+            _FetchAndDecode(self.to, self.encoder, self.geometry, self.limits, self.progress)
         ).with_outputs(DECISIONS, DEAD, main="images")
-        embedded = decoded.images | "RunEncoder" >> RunInference(
-            EncoderHandler(self.spec, self.images_at_once)
-        ).with_output_types(EmbeddedImage)
+        embedded = (
+            decoded.images
+            | "RunEncoder"
+            >> RunInference(EncoderHandler(self.spec, self.images_at_once)).with_output_types(EmbeddedImage)
+            | "Remember" >> beam.ParDo(_Remember(self.to)).with_output_types(EmbeddedImage)
+        )
         return Outcome(embedded, decoded[DECISIONS], decoded[DEAD])

@@ -275,32 +275,40 @@ def _named(sample: Sample) -> Iterator[tuple[bytes, tuple[bytes, str]]]:
         yield image_id, (sample.sample_id, caption_of(sample))
 
 
-def _name_image(joined: tuple[bytes, Mapping[str, Iterable[Any]]]) -> Iterator[NamedImage]:
-    image_id, groups = joined
-    captions = [caption for _, caption in sorted(groups["captions"]) if caption]
-    named = bool(list(groups["captions"]))
-    for tagged in groups["kept"]:
-        if named:
-            yield NamedImage(image_id, tagged.source_image, tagged.tags, captions[0] if captions else "")
+class _NameImage(beam.DoFn):
+    def process(self, joined: tuple[bytes, Mapping[str, Iterable[Any]]]) -> Iterator[Any]:
+        image_id, groups = joined
+        captions = [caption for _, caption in sorted(groups["captions"])]
+        caption = next(filter(None, captions), "")
+        stored = any(True for _ in groups["stored"])
+        for tagged in groups["kept"] if captions else ():
+            named = NamedImage(image_id, tagged.source_image, tagged.tags, caption)
+            yield named
+            if not stored:
+                yield TaggedOutput("new", named)
 
 
 @dataclass
 class NameImages(beam.PTransform):
-    """{kept, samples} -> PCollection[NamedImage]: the kept images that a sample names, with a caption where one has it.
+    """{kept, samples, stored} -> (NamedImages, those of them that no pack holds yet).
 
-    Shuffled: tags and captions.
+    NamedImages are the kept images that a sample names, with a caption where one has it. `stored`: (image_id, pack). Shuffled: tags,
+    captions and ids.
     """
 
     @no_annotations
-    def expand(self, inputs: dict[str, beam.PCollection]) -> beam.PCollection[NamedImage]:
-        return (
+    def expand(self, inputs: dict[str, beam.PCollection]) -> tuple[beam.PCollection, beam.PCollection]:
+        named = (
             {
                 "kept": inputs["kept"]
                 | "KeyKept"
                 >> beam.Map(lambda t: (t.image_id, t)).with_output_types(tuple[bytes, TaggedImage]),
                 "captions": inputs["samples"]
                 | "Captions" >> beam.FlatMap(_named).with_output_types(tuple[bytes, tuple[bytes, str]]),
+                "stored": inputs["stored"],
             }
             | "JoinCaptions" >> beam.CoGroupByKey()
-            | "Name" >> beam.FlatMap(_name_image).with_output_types(NamedImage)
+            | "Name"
+            >> beam.ParDo(_NameImage()).with_output_types(NamedImage).with_outputs("new", main="named")
         )
+        return named.named, named.new

@@ -68,26 +68,31 @@ class SettleSamples(beam.PTransform):
 class _SettleImage(beam.DoFn):
     def process(self, joined: tuple[bytes, Mapping[str, Iterable[Any]]]) -> Iterator[Any]:
         image_id, groups = joined
-        tagged = next(iter(groups["kept"]))
-        void, live, written = (any(True for _ in groups[name]) for name in ("void", "live", "written"))
-        fate, code = (
-            ("dead", "source_changed") if void else ("kept", "kept") if live else ("filtered", "no_sample")
-        )
-        yield TaggedOutput(
-            DECISIONS, decision("image", fate, image_id, STAGE, code, tagged.source_image.origin)
-        )
+        packs = list(groups["packed"])
+        void, live = (any(True for _ in groups[name]) for name in ("void", "live"))
+        for tagged in groups["kept"]:
+            fate, code = (
+                ("dead", "source_changed")
+                if void
+                else ("kept", "kept")
+                if live
+                else ("filtered", "no_sample")
+            )
+            yield TaggedOutput(
+                DECISIONS, decision("image", fate, image_id, STAGE, code, tagged.source_image.origin)
+            )
         if live:
             yield image_id
-        elif written and not void:
-            yield TaggedOutput("tombstones", image_id)
+        elif packs and not void:
+            yield TaggedOutput("unnamed", (packs[0], image_id))
 
 
 @dataclass
 class SettleImages(beam.PTransform):
-    """{kept, samples, named, void} -> (live image ids, tombstones, decisions).
+    """{kept, samples, packed, void} -> (live image ids, (pack, id) of packed images that no sample names, decisions).
 
-    `kept` TaggedImages; `samples` the settled ones; `named` ids of the images that were to be written; `void` ids of those that
-    could not be. Live is what a sample names; a tombstone is an image that was written and is not. Shuffled: ids and tags.
+    `kept` TaggedImages; `samples` the settled ones; `packed` (image_id, pack) of the images that earlier runs packed, and of those
+    that this run was to pack (an empty pack); `void` ids of those that could not be. Shuffled: ids and tags.
     """
 
     @no_annotations
@@ -106,13 +111,13 @@ class SettleImages(beam.PTransform):
                 | "KeyKept"
                 >> beam.Map(lambda t: (t.image_id, t)).with_output_types(tuple[bytes, TaggedImage]),
                 "live": marked("Live", live),
-                "written": marked("Written", inputs["named"]),
+                "packed": inputs["packed"],
                 "void": marked("Void", inputs["void"]),
             }
             | "JoinIds" >> beam.CoGroupByKey()
             | "Settle"
             >> beam.ParDo(_SettleImage())
             .with_output_types(bytes)
-            .with_outputs(DECISIONS, "tombstones", main="live")
+            .with_outputs(DECISIONS, "unnamed", main="live")
         )
-        return settled.live, settled.tombstones, settled[DECISIONS]
+        return settled.live, settled.unnamed, settled[DECISIONS]

@@ -1,12 +1,12 @@
 """Write: images, samples, decisions and dead letters -> files. The same records give the same bytes, in whatever order they come.
 
-Media packs and sample shards go straight to their final, content-named places; decisions and dead letters to the run's staging
-folder, because the snapshot's id, which names their folder, is known only at commit.
+Media packs and sample shards go straight to their final, content-named places; decisions, dead letters and tombstones to the run's
+staging folder, because the snapshot's id, which names their folder, is known only at commit.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
@@ -15,11 +15,12 @@ from apache_beam.metrics import Metrics
 from apache_beam.pvalue import AsSingleton, TaggedOutput
 from apache_beam.typehints.decorators import no_annotations
 
-from images.fetch import fetch_again
+from images.fetch import etag_of, fetch_again
 from shards import tables
 from shards.errors import BadData
 from shards.ids import digest, shard_of
-from shards.media import MediaWriter
+from shards.ledger import Ledger, RefRow, ref_key
+from shards.packs import ToPack, num_shards_for, write_media
 from shards.records import DeadLetter, Decision, NamedImage, Sample, ShardFile
 from shards.snapshot import Destination
 from transforms.fates import DEAD, dead_letter
@@ -27,14 +28,9 @@ from transforms.fates import DEAD, dead_letter
 STAGE = "write"
 
 
-def num_shards_for(total_bytes: int, max_shard_bytes: int) -> int:
-    """The smallest power of two of shards whose mean stays under the bound."""
-    return 1 << (max(total_bytes - 1, 0) // max_shard_bytes).bit_length()
-
-
 @dataclass
 class CountShards(beam.PTransform):
-    """PCollection[NamedImage] -> one int: into how many shards media and samples of this run are divided."""
+    """PCollection[NamedImage] -> one int: into how many shards so many bytes of images, or what names them, are divided."""
 
     max_shard_bytes: int
 
@@ -47,32 +43,33 @@ class CountShards(beam.PTransform):
         )
 
 
-def write_media(
-    shard: int, images: Sequence[NamedImage], to: Destination, max_bytes: int, max_shard_bytes: int
+def pack_images(
+    shard: int, images: Iterable[NamedImage], to: Destination, max_bytes: int, max_shard_bytes: int
 ) -> Iterator[ShardFile | DeadLetter]:
-    """Write the images of one shard in ascending id order, re-reading each and checking its hash.
+    """Pack the images of one shard, re-reading each and checking its hash.
 
-    Starts another pack where the next image would take one past the bound. Yields the packs and their indexes, and a dead letter
-    `source_changed` for what can no longer be read as it was.
+    Yields packs and indexes, and a dead letter `source_changed` for what can no longer be read as it was, whose reference is then
+    void in the ledger.
     """
-    todo = sorted(images, key=lambda image: image.image_id)
-    while todo:
-        with MediaWriter(Path(to.out), shard, to.staging) as writer:
-            written = 0
-            while todo and (
-                not written or writer.num_bytes + todo[0].source_image.ref.length <= max_shard_bytes
-            ):
-                image = todo.pop(0)
-                try:
-                    writer.write(
-                        image.image_id, fetch_again(image.source_image.ref, image.image_id, max_bytes)
-                    )
-                    written += 1
-                except BadData as error:
-                    origin = image.source_image.origin
-                    yield dead_letter(image.image_id, STAGE, error.code, origin, str(error))
-            if written:
-                yield from writer.publish()
+    letters: list[DeadLetter] = []
+    refs = Ledger(to.storage, RefRow).writer(to.token)
+
+    def read(image: NamedImage) -> bytes | None:
+        ref, origin = image.source_image.ref, image.source_image.origin
+        try:
+            return fetch_again(ref, image.image_id, max_bytes)
+        except BadData as error:
+            letters.append(dead_letter(image.image_id, STAGE, error.code, origin, str(error)))
+            refs.append(RefRow(ref_key(ref, etag_of(ref)), b"", 0))
+            return None
+
+    todo = [
+        ToPack(image.image_id, image.source_image.ref.length, functools.partial(read, image))
+        for image in images
+    ]
+    yield from write_media(to.storage, to.token, shard, todo, max_shard_bytes)
+    refs.flush()
+    yield from letters
 
 
 class _WriteMedia(beam.DoFn):
@@ -81,7 +78,7 @@ class _WriteMedia(beam.DoFn):
 
     def process(self, keyed: tuple[int, Iterable[NamedImage]]) -> Iterator[Any]:
         shard, images = keyed
-        for result in write_media(shard, list(images), *self._arguments):
+        for result in pack_images(shard, images, *self._arguments):
             if isinstance(result, DeadLetter):
                 yield TaggedOutput(DEAD, result)
             else:
@@ -118,10 +115,6 @@ class WriteMedia(beam.PTransform):
         return written.files, written[DEAD]
 
 
-def _sample_order(sample: Sample) -> bytes:
-    return sample.sample_id
-
-
 def _decision_order(row: Decision) -> tuple[str, str, str, int]:
     return row.unit, row.source, row.name, row.offset
 
@@ -140,36 +133,41 @@ def row_shard(row: Decision | DeadLetter) -> bytes:
     return digest([row.source, row.name, row.offset])
 
 
-def write_samples(shard: int, samples: Iterable[Sample], to: Destination) -> ShardFile:
-    """Write one sample shard, ordered by sample_id."""
-    table = tables.samples_table(sorted(samples, key=_sample_order))
-    return tables.write_table(table, "samples", Path(to.out), "samples", shard, to.staging)
+def write_sample_shard(shard: int, samples: Iterable[Sample], to: Destination) -> list[ShardFile]:
+    """Write one shard of samples, ordered by sample_id."""
+    return tables.write_samples(to.storage, to.token, list(samples), shard)
 
 
-def write_decisions(shard: int, rows: Iterable[Decision], to: Destination) -> ShardFile:
+def write_decisions(shard: int, rows: Iterable[Decision], to: Destination) -> list[ShardFile]:
     """Write one shard of decisions, ordered by unit and origin, into the run's staging folder."""
     return _write_staged(tables.decisions_table(sorted(rows, key=_decision_order)), "decisions", shard, to)
 
 
-def write_dead(shard: int, letters: Iterable[DeadLetter], to: Destination) -> ShardFile:
+def write_dead(shard: int, letters: Iterable[DeadLetter], to: Destination) -> list[ShardFile]:
     """Write one shard of dead letters, ordered by origin, into the run's staging folder."""
     return _write_staged(tables.dead_table(sorted(letters, key=_letter_order)), "dead", shard, to)
 
 
-def _write_staged(table: pa.Table, kind: str, shard: int, to: Destination) -> ShardFile:
-    return tables.write_table(table, kind, to.staging, kind, shard, to.staging)
+def write_tombstones(shard: int, image_ids: Iterable[bytes], to: Destination) -> list[ShardFile]:
+    """Write one shard of tombstones, ordered, into the run's staging folder."""
+    return _write_staged(tables.tombstones_table(sorted(image_ids)), "tombstones", shard, to)
 
 
-_ROWS: dict[str, tuple[Any, Callable[[Any], bytes], Callable[..., ShardFile]]] = {
-    "samples": (Sample, samples_shard, write_samples),
+def _write_staged(table: pa.Table, kind: str, shard: int, to: Destination) -> list[ShardFile]:
+    return [tables.write_table(to.storage, to.token, table, kind, f"{to.staging}/{kind}", shard)]
+
+
+_ROWS: dict[str, tuple[Any, Callable[[Any], bytes], Callable[..., list[ShardFile]]]] = {
+    "samples": (Sample, samples_shard, write_sample_shard),
     "decisions": (Decision, row_shard, write_decisions),
     "dead": (DeadLetter, row_shard, write_dead),
+    "tombstones": (bytes, lambda image_id: image_id, write_tombstones),
 }
 
 
 @dataclass
 class WriteRows(beam.PTransform):
-    """{rows, num_shards} -> PCollection[ShardFile]. `rows` are Samples, Decisions or DeadLetters, as `kind` says.
+    """{rows, num_shards} -> PCollection[ShardFile]. `rows` are Samples, Decisions, DeadLetters or tombstoned ids, as `kind` says.
 
     Shuffled: the rows, by shard.
     """
@@ -189,7 +187,7 @@ class WriteRows(beam.PTransform):
             ).with_output_types(beam.typehints.Tuple[int, record])
             | "GroupByShard" >> beam.GroupByKey()
             | "WriteShard"
-            >> beam.MapTuple(lambda shard, members: write(shard, members, self.to)).with_output_types(
+            >> beam.FlatMapTuple(lambda shard, members: write(shard, members, self.to)).with_output_types(
                 ShardFile
             )
         )

@@ -8,10 +8,9 @@ import numpy as np
 from PIL import Image
 
 from shards.ids import digest, image_id_of, sample_id_of
-from shards.media import MediaWriter
 from shards.records import FROM_SOURCE, Call, DeadLetter, Decision, Origin, Provenance, Sample, Tag, Turn
-from shards.snapshot import Destination, Funnel, Manifest, commit
-from shards.tables import dead_table, decisions_table, samples_table, write_table
+from shards.snapshot import Funnel
+from tests.made_snapshots import commit_made
 
 EVIL = "<script>alert(1)</script>"
 EVIL_NAME = f"a/{EVIL.replace('/', '')}.jpg"
@@ -92,12 +91,6 @@ class SmallSnapshot:
         return [*images, *samples, dead]
 
     def _commit(self) -> None:
-        to = Destination(str(self.out), "token")
-        media = []
-        with MediaWriter(self.out, 0, to.staging) as writer:
-            for encoded in sorted((self.kept, self.evil), key=image_id_of):
-                writer.write(image_id_of(encoded), encoded)
-            media = list(writer.publish())
         rows = self.decisions()
         letters = [
             DeadLetter(image_id_of(b"x"), "decode", "truncated", "photos", "broken.jpg", 0, ""),
@@ -107,27 +100,18 @@ class SmallSnapshot:
         for row in rows:
             key = f"{row.unit}/{row.fate}/{row.stage}/{row.code}"
             codes[key] = codes.get(key, 0) + 1
-        samples = sorted(self.samples)
-        staged = (("decisions", decisions_table(rows)), ("dead", dead_table(letters)))
-        files = {k: write_table(t, k, to.staging, k, 0, to.staging) for k, t in staged}
-        manifest = Manifest(
-            snapshot_id="",
-            parent="",
-            samples=[write_table(samples_table(samples), "samples", self.out, "samples", 0, to.staging)],
-            decisions=[files["decisions"]],
-            dead=[files["dead"]],
-            media=media[:1],
-            media_index=media[1:],
-            live_images=2,
-            live_images_sha256="0" * 64,
-            tombstones=[],
+        placed = commit_made(
+            self.out,
+            (self.kept, self.evil),
+            self.samples,
+            rows,
+            letters,
             options={"dedup_mode": "copies", "structure": 0.12, "limit": None, "max_image_bytes": 1 << 26},
             funnels={"image": Funnel(8, 2, 4, 0, 2), "sample": Funnel(3, 2, 0, 0, 1)},
             codes=codes,
             synthesised=1,
             versions={"shardmill": "0.1.0", "encoders": ["abc"]},
         )
-        placed = commit(to, "", manifest)
         metrics = {
             "snapshot_id": placed.snapshot_id,
             "sources": [

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,14 +21,14 @@ from beam_pipelines.thumbnails import Pictures, Thumbnail
 from shards.errors import BadRequest, CorruptShard
 from shards.ids import digest, image_id_of
 from shards.records import Call, Provenance
-from shards.snapshot import Destination, Funnel, Manifest, commit, open_snapshot
-from shards.tables import decisions_table, samples_table, write_table
+from shards.snapshot import Funnel, open_snapshot
 from tests.beam_pipelines.small_snapshot import EVIL, EVIL_NAME, image_row, sample_of
+from tests.made_snapshots import commit_made
 
 
 @pytest.fixture(scope="module")
 def page(made) -> str:
-    return write_report(str(made.out)).read_text()
+    return Path(write_report(str(made.out))).read_text()
 
 
 class Elements(HTMLParser):
@@ -131,13 +132,13 @@ def test_conversations_name_their_generator_model_and_prompt(page):
 
 def test_the_same_snapshot_gives_the_same_page(made, page, tmp_path):
     again = write_report(f"{made.out}@{open_snapshot(str(made.out)).id[:8]}", str(tmp_path / "again.html"))
-    assert again == tmp_path / "again.html" and again.read_text() == page
+    assert again == str(tmp_path / "again.html") and Path(again).read_text() == page
 
 
 def test_without_metrics_the_page_says_what_is_missing(made, tmp_path):
     shutil.copytree(made.out, tmp_path / "out")
     (tmp_path / "out/metrics.json").write_text('{"snapshot_id": "another"}')
-    words = words_of(write_report(str(tmp_path / "out")).read_text())
+    words = words_of(Path(write_report(str(tmp_path / "out"))).read_text())
     assert "metrics.json belongs to another snapshot" in words
     assert words.count("no picture: metrics.json does not say where this source lies") == 3
     assert "No message was kept." in words
@@ -146,10 +147,8 @@ def test_without_metrics_the_page_says_what_is_missing(made, tmp_path):
 def test_an_empty_snapshot_says_so_in_words(tmp_path):
     zero = Funnel(0, 0, 0, 0, 0)
     funnels = {"image": zero, "sample": zero}
-    empty = Manifest("", "", [], [], [], [], [], 0, "0" * 64, [], {}, funnels, {}, 0, {})
-    (tmp_path / "out").mkdir()
-    commit(Destination(str(tmp_path / "out"), "token"), "", empty)
-    words = words_of(write_report(str(tmp_path / "out")).read_text())
+    commit_made(tmp_path / "out", funnels=funnels, options={})
+    words = words_of(Path(write_report(str(tmp_path / "out"))).read_text())
     for said in (
         "None were read.",
         "No near duplicates were found.",
@@ -164,7 +163,6 @@ def test_an_empty_snapshot_says_so_in_words(tmp_path):
 def test_the_page_stays_bounded(tmp_path, monkeypatch):
     """2,000 groups, long answers, and pictures that compress worst: choices are bounded, and spread by hash."""
     out = tmp_path / "out"
-    to = Destination(str(out), "token")
     ids = [digest(["keeper", n]) for n in range(2_000)]
     rows = [
         image_row(
@@ -176,12 +174,11 @@ def test_the_page_stays_bounded(tmp_path, monkeypatch):
     long = [Call("q/v1@a", "p" * 20_000, "<" * 20_000)] * 9
     provenance = Provenance("vlm", "m", "t", (), long)
     samples = [sample_of(ids[n % 50], f"{n} " + "w" * 5_000, n, provenance) for n in range(100)]
-    staged = write_table(decisions_table(rows), "decisions", to.staging, "decisions", 0, to.staging)
     funnels = {"image": Funnel(22_000, 2_000, 20_000, 0, 0), "sample": Funnel(0, 0, 0, 0, 0)}
     codes = {"image/duplicate/deduplicate/near_cosine": 20_000, "image/kept/settle/kept": 2_000}
-    shard = write_table(samples_table(samples), "samples", out, "samples", 0, to.staging)
-    manifest = Manifest("", "", [shard], [staged], [], [], [], 0, "0", [], {}, funnels, codes, 100, {})
-    commit(to, "", manifest)
+    commit_made(
+        out, samples=samples, decisions=rows, funnels=funnels, codes=codes, synthesised=100, options={}
+    )
     (out / "metrics.json").write_text(
         json.dumps(
             {
@@ -197,7 +194,7 @@ def test_the_page_stays_bounded(tmp_path, monkeypatch):
     thumbnail = Thumbnail(f"data:image/jpeg;base64,{base64.b64encode(sink.getvalue()).decode()}", "")
     monkeypatch.setattr(Pictures, "stored", lambda *_: thumbnail)
     monkeypatch.setattr(Pictures, "read_again", lambda *_: thumbnail)
-    page = write_report(str(out)).read_text()
+    page = Path(write_report(str(out))).read_text()
     assert page.count("<img ") == 40 * 6 + 24 and 4_000_000 < len(page) < 10_000_000
     words = words_of(page)
     assert "200 of 20,000 near duplicates" in words

@@ -23,7 +23,7 @@ def image(
     facts = ImageFacts(width, 10, 100, "PNG", pixels or name.encode(), phash.to_bytes(8, "little"), structure)
     source = SourceImage(Origin(priority, "s", name, 0), MediaRef(name, 0, 1))
     return EmbeddedImage(
-        image_id_of(name.encode()), source, facts, unit.astype("<f2").tobytes(), b"", "encoder"
+        image_id_of(name.encode()), source, facts, unit.astype("<f2").tobytes(), b"", "encoder", "cpu"
     )
 
 

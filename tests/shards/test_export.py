@@ -1,103 +1,297 @@
-"""Exports are read back by the libraries that users load them with."""
+"""What exports write: whole or not at all, the same bytes each time, in files of bounded size, with everything a sample says."""
 
-import importlib.util
 import io
 import json
+import random
 import sys
+import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from shards.errors import BadRequest
 from shards.example_proto import Example, example_bytes
-from shards.export import export_snapshot, joined_example
-from shards.ids import image_id_of, sample_id_of
-from shards.media import MediaWriter
-from shards.records import FROM_SOURCE, Origin, Sample, Tag, Turn
-from shards.snapshot import Destination, Funnel, Manifest, Snapshot, commit, open_snapshot
-from shards.tables import samples_table, write_table
+from shards.export import FORMATS, Exported, export_snapshot
+from shards.export.hf import write_hf
+from shards.export.joined_tfrecord import write_joined_tfrecord
+from shards.export.messages import messages_of, parts_of
+from shards.export.parts import runs
+from shards.export.pictures import extension_of
+from shards.export.webdataset import write_webdataset
+from shards.records import Origin, Turn
 from shards.tfrecord import read_records
+from tests.shards.exported import ALL, EXTENSIONS, Made, picture, sample, snapshot_of, tree, turns
 
 
-def picture(value: int) -> bytes:
-    sink = io.BytesIO()
-    Image.new("RGB", (5, 4), (value, 0, 0)).save(sink, "PNG")
-    return sink.getvalue()
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(tmp_path_factory.mktemp("made") / "out")
 
 
-PICTURES = {image_id_of(data): data for data in map(picture, (10, 20, 30))}
+@pytest.fixture(scope="module")
+def exports(made: Made, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("exports")
+    for name in ALL:
+        export_snapshot(made.snapshot, name, root / name)
+    return {name: root / name for name in ALL}
 
 
-def snapshot_of(out: Path, image_lists: list[list[bytes]]) -> Snapshot:
-    made = []
-    for number, image_ids in enumerate(image_lists):
-        turns = [Turn("human", "<image>" * len(image_ids) + "\né?"), Turn("gpt", f"answer {number}")]
-        sample_id = sample_id_of(image_ids, turns)
-        origin = Origin(0, "s", f"n{number}", 0)
-        made.append(
-            Sample(sample_id, image_ids, turns, [Tag("fox", 900)], origin, [], "CC0-1.0", "{}", FROM_SOURCE)
-        )
-    to = Destination(str(out), "t")
-    with MediaWriter(out, 0, to.staging) as writer:
-        for image_id in sorted(PICTURES):
-            writer.write(image_id, PICTURES[image_id])
-        media, index = writer.publish()
-    shard = write_table(samples_table(made), "samples", out, "samples", 0, to.staging)
-    funnels = {"image": Funnel(0, 0, 0, 0, 0), "sample": Funnel(0, 0, 0, 0, 0)}
-    commit(to, "", Manifest("", "", [shard], [], [], [media], [index], 3, "", [], {}, funnels, {}, 0, {}))
-    return open_snapshot(str(out))
+@pytest.mark.parametrize("name", ALL)
+def test_the_same_snapshot_gives_the_same_tree(
+    name: str, made: Made, exports: dict[str, Path], tmp_path: Path
+) -> None:
+    export_snapshot(made.snapshot, name, tmp_path / "elsewhere")
+    assert tree(tmp_path / "elsewhere") == tree(exports[name])
+    texts = [path.read_text() for path in exports[name].glob("*.[jm][sd]*")]
+    assert texts and not any(str(exports[name].parent) in text for text in texts)
 
 
-def test_datasets_decodes_the_pictures_of_single_image_samples(tmp_path: Path) -> None:
-    from datasets import load_dataset
-
-    ids = sorted(PICTURES)
-    snapshot = snapshot_of(tmp_path / "out", [[i] for i in ids])
-    exported = export_snapshot(snapshot, "hf", tmp_path / "hf")
-    assert exported.num_records == 3 and str(tmp_path / "hf") in exported.how_to_load
-    loaded = load_dataset(
-        "parquet", data_files=f"{tmp_path}/hf/*.parquet", split="train", cache_dir=str(tmp_path / "cache")
-    )
-    for row, image_id in zip(loaded, ids, strict=True):
-        assert (
-            np.asarray(row["image"])[0, 0, 0]
-            == np.asarray(Image.open(io.BytesIO(PICTURES[image_id])))[0, 0, 0]
-        )
-        assert row["conversations"][0] == {"from": "human", "value": "<image>\né?"}
-        assert (row["tags"], row["license"], row["generator"]) == (["fox"], "CC0-1.0", "source")
+def test_only_messages_leave_samples_out_and_say_so(made: Made, tmp_path: Path) -> None:
+    for name in ALL:
+        exported = export_snapshot(made.snapshot, name, tmp_path / name)
+        if name == "messages":
+            assert exported.left_out == {
+                "whose <image> marks are not as many as its images": 1,
+                "with a speaker that is neither human, gpt nor system": 1,
+                "without a conversation": 1,
+            }
+            assert exported.num_records == 6
+            card = (tmp_path / name / "README.md").read_text()
+            assert "cannot say it: 1 sample without a conversation." in card
+        else:
+            assert exported == Exported(9, exported.how_to_load, {})
 
 
-def test_datasets_reads_several_and_no_images_in_order(tmp_path: Path) -> None:
-    from datasets import load_dataset
-
-    a, b, c = sorted(PICTURES)
-    export_snapshot(snapshot_of(tmp_path / "out", [[a], [c, a, b], []]), "hf", tmp_path / "hf")
-    loaded = load_dataset(
-        "parquet", data_files=f"{tmp_path}/hf/*.parquet", split="train", cache_dir=str(tmp_path / "cache")
-    )
-    values = [[np.asarray(image)[0, 0, 0] for image in row["images"]] for row in loaded]
-    red = {i: np.asarray(Image.open(io.BytesIO(PICTURES[i])))[0, 0, 0] for i in PICTURES}
-    assert values == [[red[a]], [red[c], red[a], red[b]], []]
+def read_lines(path: Path) -> dict[str, dict]:
+    return {row["id"]: row for row in map(json.loads, path.read_text().splitlines())}
 
 
-def test_joined_tfrecords_hold_examples(tmp_path: Path) -> None:
-    a, b, _ = sorted(PICTURES)
-    snapshot = snapshot_of(tmp_path / "out", [[b, a], [a]])
-    export_snapshot(snapshot, "joined-tfrecord", tmp_path / "tf")
-    (path,) = (tmp_path / "tf").iterdir()
-    assert path.name == "samples-00000-of-00001.tfrecord"
+def test_license_tags_source_and_generator_travel(made: Made, exports: dict[str, Path]) -> None:
+    """In formats of their own fields. LLaVA's and Infinity-MM's own records are in the round trip."""
+    with tarfile.open(next(exports["webdataset"].glob("*.tar"))) as tar:
+        in_tar = {
+            name.removesuffix(".json"): json.load(tar.extractfile(name))
+            for name in tar.getnames()
+            if name.endswith(".json")
+        }
+    in_parquet = {row["id"]: row for row in pq.read_table(next(exports["hf"].glob("*.parquet"))).to_pylist()}
+    in_lines = read_lines(exports["messages"] / "train.jsonl")
+    assert len(in_tar) == len(in_parquet) == 9 and len(in_lines) == 6
+    for s in made.samples:
+        key = s.sample_id.hex()
+        for rows in (in_tar, in_parquet, in_lines):
+            if key in rows:
+                row = rows[key]
+                assert (row["license"], row["source"], row["tags"]) == (s.license, "made", ["fox", "hen"])
+                assert (row["generator"], row["extra_json"]) == (s.provenance.generator, s.extra_json)
+        assert in_tar[key]["conversations"] == [{"from": t.speaker, "value": t.value} for t in s.conversation]
+
+
+def test_records_of_llava_and_infinity_mm_say_what_no_source_said(
+    made: Made, exports: dict[str, Path]
+) -> None:
+    llava = {str(r["id"]): r for r in json.loads((exports["llava"] / "llava.json").read_text())}
+    (synthesised,) = (s for s in made.samples if s.provenance.generator == "vlm")
+    (silent,) = (s for s in made.samples if not s.conversation)
+    for s, generator in ((synthesised, "vlm"), (silent, "source")):
+        record = llava[s.sample_id.hex()]
+        assert (record["source"], record["tags"], record["generator"]) == ("made", ["fox", "hen"], generator)
+    assert llava["7"].keys() == {"id", "image", "conversations", "license"}
+    assert len(llava["7"]["image"]) == 3 and llava["7"]["license"] == "mine | `x`"
+    assert llava["t"]["deep"] == {"a": [1.5, None]} and "image" not in llava["t"]
+    with tarfile.open(next(exports["infinity-mm"].glob("*.tar"))) as tar:
+        record = json.load(tar.extractfile(f"{synthesised.sample_id.hex()}.json"))
+        in_tar = [json.load(tar.extractfile(f"{s.sample_id.hex()}.json")) for s in made.samples]
+        licenses = [one.get("license", "") for one in in_tar]
+    assert record["ram++_tags"] == ["fox", "hen"] and record["ram++_tags_score"] == [0.9, 0.025]
+    assert record["source"] == "made" and "license" not in record
+    assert licenses == [s.license for s in made.samples]
+    assert record["generator"] == "vlm" and not {"phash", "qw2vl_loss"} & record.keys()
+
+
+def test_pictures_are_named_by_their_bytes_and_written_once(made: Made, exports: dict[str, Path]) -> None:
+    for place, (name, extension) in enumerate(EXTENSIONS.items()):
+        assert extension_of(picture(place, name)) == extension
+    assert extension_of(b"<svg/>") == "bin"
+    files = list((exports["llava"] / "images").iterdir())
+    assert sorted(path.read_bytes() for path in files) == sorted(made.pictures)
+    records = json.loads((exports["llava"] / "llava.json").read_text())
+    images = [r["image"] for r in records if "image" in r]
+    named = [name for given in images for name in ([given] if isinstance(given, str) else given)]
+    assert len(named) == 11 and {f"images/{path.name}" for path in files} == set(named)
+
+
+def test_tars_have_no_clock_no_owner_and_whole_samples(made: Made, exports: dict[str, Path]) -> None:
+    for name in ("webdataset", "infinity-mm"):
+        with tarfile.open(next(exports[name].glob("*.tar"))) as tar:
+            members = tar.getmembers()
+            contents = {m.name: tar.extractfile(m).read() for m in members}
+        assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in members} == {
+            (0, 0, 0, "", "", 0o644)
+        }
+        keys = [m.name.split(".")[0] for m in members]
+        assert keys == sorted(keys)  # one sample's files lie together
+        for s in made.samples:
+            key = s.sample_id.hex()
+            of_sample = [n for n in contents if n.startswith(key)]
+            assert of_sample[0] == f"{key}.json"
+            assert [contents[n] for n in of_sample[1:]] == made.images[key]
+            assert len(of_sample) == 2 or all(
+                n.startswith(f"{key}.{i}.") for i, n in enumerate(of_sample[1:])
+            )
+
+
+def test_messages_say_where_images_go(made: Made, exports: dict[str, Path]) -> None:
+    rows = read_lines(exports["messages"] / "train.jsonl")
+    for s in made.samples:
+        if (row := rows.get(s.sample_id.hex())) is not None:
+            assert sum(m["content"].count("<image>") for m in row["messages"]) == len(row["images"])
+            assert [m["role"] for m in row["messages"]] == ["user", "assistant"] * (len(s.conversation) // 2)
+            assert [(exports["messages"] / name).read_bytes() for name in row["images"]] == made.images[
+                row["id"]
+            ]
+    unmarked = sample([picture(1), picture(2)], [Turn("system", "Be kind."), *turns("Compare.", "Equal.")])
+    assert [m["content"] for m in messages_of(unmarked)] == ["Be kind.", "<image><image>\nCompare.", "Equal."]
+    image = {"type": "image", "text": None}
+    assert parts_of("a <image>\nb<image>") == [
+        {"type": "text", "text": "a "}, image, {"type": "text", "text": "\nb"}, image,
+    ]  # fmt: skip
+    assert parts_of("") == [{"type": "text", "text": ""}]
+
+
+def test_joined_tfrecords_hold_examples(made: Made, exports: dict[str, Path]) -> None:
+    path = exports["joined-tfrecord"] / "train-00000-of-00001.tfrecord"
     with path.open("rb") as stream:
         examples = [Example.FromString(data) for data in read_records(stream, str(path))]
-    features = examples[0].features.feature
-    assert list(features["image/encoded"].bytes_list.value) == [PICTURES[b], PICTURES[a]]
-    assert json.loads(features["conversations"].bytes_list.value[0])[1]["value"] == "answer 0"
-    assert list(features["tags/score_milli"].int64_list.value) == [900]
-    again = open_snapshot(str(tmp_path / "out"))
-    assert [joined_example(again, s) for s in again.samples()] == [
-        joined_example(snapshot, s) for s in snapshot.samples()
+    for s, example in zip(made.samples, examples, strict=True):
+        features = example.features.feature
+        assert list(features["image/encoded"].bytes_list.value) == made.images[s.sample_id.hex()]
+        turns_read = json.loads(features["conversations"].bytes_list.value[0])
+        assert [(t["from"], t["value"]) for t in turns_read] == [tuple(t) for t in s.conversation]
+        assert list(features["tags/score_milli"].int64_list.value) == [900, 25]
+        assert features["license"].bytes_list.value[0].decode() == s.license
+
+
+def test_files_are_bounded_and_hold_everything(tmp_path: Path) -> None:
+    noise = [bytes([0xFF, 0xD8, 0xFF]) + random.Random(i).randbytes(4_000) for i in range(60)]
+    many = [sample([noise[i], noise[(i + 1) % 60]], turns(f"q{i}", "a")) for i in range(60)]
+    snapshot = snapshot_of(tmp_path / "out", many, noise)
+    for write, suffix in (
+        (write_hf, "parquet"),
+        (write_webdataset, "tar"),
+        (write_joined_tfrecord, "tfrecord"),
+    ):
+        folder = tmp_path / suffix
+        folder.mkdir()
+        written = write(snapshot, snapshot.samples(), folder, max_bytes=200_000)
+        sizes = [(folder / name).stat().st_size for name in written.files]
+        assert max(sizes) <= 200_000 and len(sizes) in (3, 4)
+        assert list(written.files) == [
+            f"train-{i:05d}-of-{len(sizes):05d}.{suffix}" for i in range(len(sizes))
+        ]
+        assert sorted(path.name for path in folder.iterdir()) == list(written.files)
+    read = [
+        row["id"]
+        for path in sorted((tmp_path / "parquet").iterdir())
+        for row in pq.read_table(path).to_pylist()
     ]
+    assert read == [s.sample_id.hex() for s in snapshot.samples()]
+
+
+def test_runs_cut_a_stream() -> None:
+    def cut(sizes: list[int]) -> list[list[int]]:
+        return [list(run) for run in runs(((size, size) for size in sizes), 10)]
+
+    assert cut([]) == [[]]
+    assert cut([4, 6, 1, 11, 2, 8]) == [[4, 6], [1], [11], [2, 8]]
+
+
+def test_an_export_holds_two_samples_of_pictures_at_most(tmp_path: Path) -> None:
+    """The tar writer asks for a sample's pictures only when those of the one before the last are written."""
+    pictures = [picture(i) for i in range(20)]
+    snapshot = snapshot_of(
+        tmp_path / "out", [sample([p], turns("<image>?", "a")) for p in pictures], pictures
+    )
+    ahead = []
+
+    def watched() -> Iterator:
+        for number, s in enumerate(snapshot.samples()):
+            path = tmp_path / "tar" / "train-00000.tar"
+            ahead.append(number - (path.stat().st_size // (3 * 512) if path.exists() else 0))
+            yield s
+
+    (tmp_path / "tar").mkdir()
+    buffered = io.DEFAULT_BUFFER_SIZE // (3 * 512) + 3
+    write_webdataset(snapshot, watched(), tmp_path / "tar")
+    assert len(ahead) == 20 and max(ahead) <= buffered
+
+
+def test_an_empty_snapshot_exports(tmp_path: Path) -> None:
+    snapshot = snapshot_of(tmp_path / "out", [], [])
+    for name in ALL:
+        assert export_snapshot(snapshot, name, tmp_path / name).num_records == 0
+        assert (tmp_path / name / "croissant.json").is_file()
+    assert json.loads((tmp_path / "llava" / "llava.json").read_text()) == []
+    with tarfile.open(tmp_path / "webdataset" / "train-00000-of-00001.tar") as tar:
+        assert tar.getnames() == []
+
+
+def test_the_watch_sees_every_sample_and_their_number(made: Made, tmp_path: Path) -> None:
+    seen = []
+
+    def watch(samples, total):
+        seen.append(total)
+        for s in samples:
+            seen.append(s.sample_id)
+            yield s
+
+    export_snapshot(made.snapshot, "messages", tmp_path / "m", watch)
+    assert seen == [9, *(s.sample_id for s in made.samples)]
+
+
+def test_an_export_that_breaks_off_leaves_nothing(made: Made, tmp_path: Path) -> None:
+    def watch(samples, total):
+        yield next(iter(samples))
+        raise OSError("disk full")
+
+    for name in ALL:
+        with pytest.raises(OSError, match="disk full"):
+            export_snapshot(made.snapshot, name, tmp_path / "x", watch)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_requests_write_nothing(made: Made, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    before = sorted(tmp_path.rglob("*"))
+    for form, folder, message in (
+        ("hff", "new", "not one of hf, joined-tfrecord, webdataset, llava, messages, infinity-mm"),
+        ("hf", "full", "not empty"),
+        ("hf", "full/x", "not empty"),
+    ):
+        with pytest.raises(BadRequest, match=message):
+            export_snapshot(made.snapshot, form, tmp_path / folder)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_command_line_names_every_format(capfd: pytest.CaptureFixture[str]) -> None:
+    from beam_pipelines.cli import run
+
+    assert run(["export", "--help"]) == 0
+    shown = " ".join(capfd.readouterr().out.split())
+    assert all(name in shown for name in FORMATS)
+
+
+def test_names_of_sources_may_hold_quotes_and_folders_spaces(tmp_path: Path) -> None:
+    odd = sample([], turns("1?", "2"), license='a"b\nc', origin=Origin(0, "it's", "n", 0))
+    snapshot = snapshot_of(tmp_path / "out", [odd], [])
+    exported = export_snapshot(snapshot, "llava", tmp_path / 'it\'s a "folder"')
+    scope: dict = {}
+    exec(exported.how_to_load, scope)
+    assert scope["data"][0]["license"] == 'a"b\nc'
+    assert '- `a"b c`: 1 sample' in (tmp_path / 'it\'s a "folder"' / "README.md").read_text()
 
 
 def test_example_bytes_are_those_of_tensorflow() -> None:
@@ -109,36 +303,6 @@ def test_example_bytes_are_those_of_tensorflow() -> None:
     assert example_bytes({"c": [0.5], "a": [1, 300], "b": ["x"]}) == golden
     parsed = Example.FromString(golden).features.feature
     assert list(parsed["a"].int64_list.value) == [1, 300]
-
-
-@pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="TensorFlow is not installed")
-def test_tensorflow_agrees() -> None:
-    import tensorflow as tf
-
-    example = tf.train.Example()
-    example.features.feature["a"].int64_list.value.extend([1, 300])
-    assert example_bytes({"a": [1, 300]}) == example.SerializeToString(deterministic=True)
-
-
-def test_an_empty_snapshot_exports(tmp_path: Path) -> None:
-    snapshot = snapshot_of(tmp_path / "out", [])
-    assert export_snapshot(snapshot, "hf", tmp_path / "hf").num_records == 0
-    assert export_snapshot(snapshot, "joined-tfrecord", tmp_path / "tf").num_records == 0
-
-
-def test_bad_requests_write_nothing(tmp_path: Path) -> None:
-    snapshot = snapshot_of(tmp_path / "out", [])
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "x").touch()
-    before = sorted(tmp_path.rglob("*"))
-    for form, folder, message in (
-        ("hff", "new", "not one of"),
-        ("hf", "full", "not empty"),
-        ("hf", "full/x", "not empty"),
-    ):
-        with pytest.raises(BadRequest, match=message):
-            export_snapshot(snapshot, form, tmp_path / folder)
-    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_tensorflow_is_not_needed() -> None:

@@ -1,4 +1,5 @@
 import io
+from bisect import bisect_right
 
 import pytest
 from apache_beam.io.tfrecordio import _TFRecordUtil
@@ -26,23 +27,45 @@ def test_round_trip(records: list[bytes]) -> None:
     assert list(read_records(io.BytesIO(framed(records)), "x")) == records
 
 
-def test_every_flipped_byte_is_found() -> None:
-    good = framed([b"first", b"", b"third record"])
-    for position in range(len(good)):
-        bad = bytearray(good)
-        bad[position] ^= 0x41
-        with pytest.raises(CorruptShard):
-            list(read_records(io.BytesIO(bytes(bad)), "x"))
+RECORDS = [b"first", b"", b"third record"]
+GOOD = framed(RECORDS)
+EDGES = [len(framed(RECORDS[:count])) for count in range(len(RECORDS) + 1)]
 
 
-def test_every_cut_but_at_a_records_edge_is_found() -> None:
-    records = [b"first", b"", b"third record"]
-    good = framed(records)
-    edges = {len(framed(records[:count])) for count in range(len(records) + 1)}
-    for cut in range(len(good)):
-        if cut not in edges:
-            with pytest.raises(CorruptShard, match="record"):
-                list(read_records(io.BytesIO(good[:cut]), "x"))
+def read_until_corrupt(data: bytes) -> tuple[list[bytes], CorruptShard | None]:
+    """The records that come before the first that is found corrupt, and how that one is named."""
+    read = []
+    try:
+        for record in read_records(io.BytesIO(data), "pack"):
+            read.append(record)
+    except CorruptShard as error:
+        return read, error
+    return read, None
+
+
+def test_a_byte_that_changed_to_any_other_is_found_in_its_record() -> None:
+    for position in range(len(GOOD)):
+        number = bisect_right(EDGES, position) - 1
+        for change in range(1, 256):
+            bad = bytearray(GOOD)
+            bad[position] ^= change
+            read, error = read_until_corrupt(bytes(bad))
+            assert error is not None, (position, change)
+            assert (error.path, error.record) == ("pack", number), (position, change)
+            assert read == RECORDS[:number]
+
+
+def test_a_cut_is_found_in_its_record_but_at_a_records_edge() -> None:
+    for cut in range(len(GOOD)):
+        number = bisect_right(EDGES, cut) - 1
+        read, error = read_until_corrupt(GOOD[:cut])
+        assert read == RECORDS[:number]
+        if cut in EDGES:
+            # Fewer records, each whole: what tells is the size and the sha256 in the manifest.
+            assert error is None
+        else:
+            assert error is not None, cut
+            assert (error.path, error.record) == ("pack", number), cut
 
 
 def test_unframe_names_file_and_record() -> None:

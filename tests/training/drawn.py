@@ -3,15 +3,11 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw
 
-from shards.ids import image_id_of, sample_id_of
-from shards.media import MediaWriter
-from shards.records import FROM_SOURCE, Origin, Sample, Turn
-from shards.snapshot import Destination, Manifest, commit
-from shards.tables import samples_table, write_table
+from shards.records import Sample
+from tests.made_snapshots import a_sample, commit_made
 
 COLOURS = ("red", "yellow", "green", "blue")
 SHAPES = ("circle", "square", "triangle")
@@ -33,10 +29,7 @@ def draw(colour: str, shape: str) -> bytes:
 
 
 def make_sample(image_ids: Sequence[bytes], turns: Sequence[tuple[str, str]], name: str = "drawn") -> Sample:
-    conversation = [Turn(*turn) for turn in turns]
-    sample_id = sample_id_of(image_ids, conversation)
-    origin = Origin(0, "drawn", name, 0)
-    return Sample(sample_id, image_ids, conversation, [], origin, [sample_id], "CC0", "{}", FROM_SOURCE)
+    return a_sample(image_ids, turns, name)
 
 
 def caption_turns(colour: str, shape: str) -> list[tuple[str, str]]:
@@ -45,31 +38,7 @@ def caption_turns(colour: str, shape: str) -> list[tuple[str, str]]:
 
 def write_snapshot(out: Path, images: Sequence[bytes], samples: Sequence[Sample], shards: int = 1) -> Path:
     """Commit a folder with one media pack and the samples dealt over `shards` Parquet files."""
-    to = Destination(str(out), "run")
-    with MediaWriter(out, 0, to.staging) as writer:
-        for image_id, encoded in sorted((image_id_of(encoded), encoded) for encoded in images):
-            writer.write(image_id, encoded)
-        media, index = writer.publish()
-    ordered = sorted(samples, key=lambda sample: sample.sample_id)
-    files = [
-        write_table(samples_table(ordered[shard::shards]), "samples", out, "samples", shard, to.staging)
-        for shard in range(shards)
-    ]
-    nothing: dict[str, Any] = {"decisions": [], "dead": [], "tombstones": [], "funnels": {}, "codes": {}}
-    manifest = Manifest(
-        snapshot_id="",
-        parent="",
-        samples=files,
-        media=[media],
-        media_index=[index],
-        live_images=len(images),
-        live_images_sha256="",
-        options={},
-        synthesised=0,
-        versions={},
-        **nothing,
-    )
-    commit(to, "", manifest)
+    commit_made(out, images, samples, shards=shards)
     return out
 
 

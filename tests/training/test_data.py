@@ -117,7 +117,7 @@ def test_shorter_texts_are_padded_on_the_right(tiny):
 
 def test_load_pixels_gives_the_towers_size(data, tiny):
     snapshot = open_snapshot(str(data))
-    image_id = next(iter(snapshot.media.image_ids()))
+    image_id = min(snapshot.media.ids())
     pixels = load_pixels(snapshot.media, image_id, tiny.tower.geometry)
     assert (pixels.shape, pixels.dtype) == ((224, 224, 3), np.uint8)
 

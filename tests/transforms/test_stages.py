@@ -20,6 +20,8 @@ from shards import records
 from shards.errors import BadData, CorruptShard, RunFailed
 from shards.files import path_of
 from shards.ids import image_id_of, sample_id_of
+from shards.ledger import Segment
+from shards.packs import num_shards_for
 from shards.records import (
     EmbeddedImage,
     ImageFacts,
@@ -27,12 +29,13 @@ from shards.records import (
     MediaRef,
     NamedImage,
     Origin,
+    ShardFile,
     SourceImage,
     SourceSample,
     Tag,
     Turn,
 )
-from shards.snapshot import Destination
+from shards.snapshot import Destination, StoredPack
 from synthesis.client import ChatClient
 from synthesis.planner import LookupPlanner
 from synthesis.prompts import load_prompt_pair
@@ -41,6 +44,7 @@ from transforms.deduplicate import CollapseSameBytes, FindNearDuplicates, choose
 from transforms.embed import DistinctReferences, EmbedImages
 from transforms.plan import PlanInstructions
 from transforms.read import ReadSamples, Source, Unreadable, read_samples, sampling_key
+from transforms.recall import Memory, RecallImages
 from transforms.resolve import (
     JudgeImages,
     NameImages,
@@ -50,9 +54,10 @@ from transforms.resolve import (
     resolve_sample,
 )
 from transforms.settle import SettleImages, SettleSamples
+from transforms.stored import KeepPacks, ReadStored
 from transforms.synthesise import Backend, Synthesise
 from transforms.tag import TagImages, tags_of
-from transforms.write import CountShards, WriteMedia, WriteRows, num_shards_for, write_media
+from transforms.write import CountShards, WriteMedia, WriteRows, pack_images
 
 
 def png(colour: tuple[int, int, int], size: tuple[int, int] = (8, 8)) -> bytes:
@@ -223,6 +228,7 @@ def test_references_become_embedded_images_or_dead_letters(tmp_path: Path) -> No
     expected = sorted((name, image_id_of(data), len(data)) for name, data in good.items())
 
     fingerprint = encoder.fingerprint
+    to = Destination(str(tmp_path / "out"), "token")
 
     def facts(image: EmbeddedImage) -> tuple[str, bytes, int]:
         assert len(image.embedding) == 2 * 1280 and len(image.scores) == 2000
@@ -236,7 +242,7 @@ def test_references_become_embedded_images_or_dead_letters(tmp_path: Path) -> No
             pipeline
             | beam.Create(images)
             | DistinctReferences()
-            | EmbedImages(EncoderSpec(batch_size=8), encoder.geometry, 16, Limits())
+            | EmbedImages(EncoderSpec(batch_size=8), fingerprint, encoder.geometry, 16, Limits(), to)
         )
         assert_that(embedded.main | beam.Map(facts), equal_to(expected), "main")
         codes = [("bad.png", "unknown_format"), ("empty.png", "empty_file"), ("missing.png", "file_missing")]
@@ -256,7 +262,7 @@ def embedded(name: str, content: str, priority: int = 0, vector: int = 0, width:
         width, 8, 9, "PNG", content.encode(), (vector * 0xFFFF).to_bytes(8, "little"), bytes(128)
     )
     return EmbeddedImage(
-        image_id_of(content.encode()), source_image(name, priority), facts, axis.tobytes(), b"", "e"
+        image_id_of(content.encode()), source_image(name, priority), facts, axis.tobytes(), b"", "e", "n"
     )
 
 
@@ -395,12 +401,12 @@ def test_packs_are_bounded_and_changed_sources_are_void(tmp_path: Path) -> None:
     (tmp_path / "3").write_bytes(b"changed")
     (tmp_path / "7").unlink()
     to = Destination(str(tmp_path / "out"), "token")
-    results = list(write_media(0, images[::-1], to, 1000, 250))
+    results = list(pack_images(0, images[::-1], to, 1000, 250))
     assert sorted(r.name for r in results if not hasattr(r, "kind")) == ["3", "7"]
     packs = [r for r in results if getattr(r, "kind", "") == "media"]
     assert sum(p.num_records for p in packs) == 8
     assert all(p.num_bytes <= 250 + 2 * 16 for p in packs) and len(packs) >= 4
-    assert results == list(write_media(0, images, to, 1000, 250))
+    assert results == list(pack_images(0, images, to, 1000, 250))
 
 
 def test_samples_of_void_images_die() -> None:
@@ -418,11 +424,16 @@ def test_samples_of_void_images_die() -> None:
 def test_transforms_survive_pickling() -> None:
     geometry = load_encoder(EncoderSpec(batch_size=8)).geometry
     to = Destination("out", "token")
+    memory = Memory([], [Segment("out", "s")], "d", "e", "n", True)
+    pack = StoredPack(ShardFile("media", "p", "", 1, 1), ShardFile("media_index", "p.index", "", 1, 1))
     backend = Backend(ChatClient("http://127.0.0.1:9", "m"), load_prompt_pair(True), 1000, Limits(), 2)
     for transform in (
         ReadSamples(5, 1),
         DistinctReferences(),
-        EmbedImages(EncoderSpec(), geometry, 8, Limits()),
+        RecallImages(memory, Limits(), to),
+        EmbedImages(EncoderSpec(), "e", geometry, 8, Limits(), to),
+        ReadStored("out", [pack]),
+        KeepPacks([pack]),
         CollapseSameBytes(),
         FindNearDuplicates(DuplicateRule()),
         TagImages(("a",), 0.1, 5),

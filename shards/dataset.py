@@ -1,0 +1,47 @@
+"""A snapshot as a data set for training: conversation and pictures of any sample, at random, checked, with no Parquet in between."""
+
+import hashlib
+import json
+from typing import NamedTuple
+
+from shards.packs import PackReader
+from shards.records import Turn
+from shards.snapshot import open_snapshot
+
+
+class Example(NamedTuple):
+    """A sample as a trainer takes it. `images` are encoded bytes, in the order of the conversation's `<image>` marks."""
+
+    sample_id: bytes
+    images: list[bytes]
+    conversation: list[Turn]
+
+
+class SampleDataset:
+    """Samples in the order of their ids, by position: what a map-style torch data set is, without torch.
+
+    The order depends on the samples alone, not on how shards were cut. Picklable; safe with forked, spawned and threaded loaders.
+    Opening reads the indexes at first use: 32 bytes of memory per sample and per image.
+    """
+
+    def __init__(self, conversations: PackReader, media: PackReader) -> None:
+        self._conversations, self._media = conversations, media
+
+    def __len__(self) -> int:
+        return len(self._conversations)
+
+    def __getitem__(self, position: int) -> Example:
+        """The sample at `position` in [0, len). Raises IndexError past the end, CorruptShard for damaged bytes."""
+        document = self._conversations.read_rank(range(len(self))[position])
+        body = json.loads(document)
+        return Example(
+            hashlib.sha256(document).digest(),
+            [self._media.read(bytes.fromhex(image_id)) for image_id in body["images"]],
+            [Turn(turn["from"], turn["value"]) for turn in body["conversation"]],
+        )
+
+
+def open_dataset(path: str) -> SampleDataset:
+    """The samples of `OUT` or `OUT@ID`. Raises BadRequest where there is no such snapshot."""
+    snapshot = open_snapshot(path)
+    return SampleDataset(snapshot.conversations, snapshot.media)
