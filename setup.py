@@ -21,6 +21,7 @@ REQUIRES = [
     "imagehash>=4.3,<5",
     "jinja2>=3.1,<4",
     "numpy>=2.0,<2.5",
+    "orjson>=3.9",
     "pillow>=12",  # Beam's pin stops below 13, which `make setup` puts over it; see README
     "protobuf>=5,<7",
     "psutil>=5.9",
@@ -46,7 +47,7 @@ EXTRAS = {
         "gguf>=0.10",
         "xllamacpp>=2026.0",
     ],
-    "gcp": ["apache-beam[gcp]>=2.77,<2.78", "google-cloud-storage>=2.18"],
+    "gcp": ["apache-beam[gcp]>=2.77,<2.78", "google-cloud-storage>=3"],
     "gpu": ["faiss-gpu-cu12>=1.8"],
 }
 EXTRAS["dev"] = [

@@ -50,6 +50,15 @@ def _say(text: str) -> None:
     Console().print(text, highlight=False, soft_wrap=True, markup=False)
 
 
+def _local(output: str) -> Path:
+    """What is written to this machine only. Raises BadRequest for a bucket."""
+    from shards.storage import is_remote
+
+    if is_remote(output):
+        raise BadRequest(f"--output {output}: is written to this machine only; name a local folder")
+    return Path(output).expanduser()
+
+
 @contextlib.contextmanager
 def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
     """A bar on a terminal, nothing elsewhere."""
@@ -141,7 +150,7 @@ def demo(
     """
     from beam_pipelines.demo import run_demo
 
-    run_demo(Path(output).expanduser(), max_samples, train, seed, Console(stderr=True))
+    run_demo(_local(output), max_samples, train, seed, Console(stderr=True))
 
 
 @_command(CurateOptions, "curate", _CONFIG)
@@ -273,14 +282,14 @@ def export(
     from shards.records import Sample
     from shards.snapshot import open_snapshot
 
-    console = Console(stderr=True)
+    console, folder = Console(stderr=True), _local(output)
 
     def watch(samples: Iterable[Sample], total: int) -> Iterable[Sample]:
         return track(
             samples, "export", total, console=console, transient=True, disable=not console.is_terminal
         )
 
-    written = export_snapshot(open_snapshot(path), format, Path(output).expanduser(), watch)
+    written = export_snapshot(open_snapshot(path), format, folder, watch)
     left_out = "".join(f"; left out: {count} {reason}" for reason, count in written.left_out.items())
     _say(f"{written.num_records} samples in {output}{left_out}")
     _say(f"next: {written.how_to_load}")
@@ -333,16 +342,17 @@ def gc(
     from shards.snapshot import open_snapshot
 
     storage = open_snapshot(path).storage
-    garbage = find_garbage(storage, keep)
-    for snapshot_id in garbage.snapshots:
-        _say(f"snapshot {snapshot_id[:12]}")
-    if dry_run:
-        for file in garbage.files:
-            _say(f"{file.num_bytes:>15,}  {file.path}")
-    else:
-        with _progress("files", len(garbage.files)) as advance:
-            for _ in collect(storage, garbage):
-                advance()
+    with storage.alone():
+        garbage = find_garbage(storage, keep)
+        for snapshot_id in garbage.snapshots:
+            _say(f"snapshot {snapshot_id[:12]}")
+        if dry_run:
+            for file in garbage.files:
+                _say(f"{file.num_bytes:>15,}  {file.path}")
+        else:
+            with _progress("files", len(garbage.files)) as advance:
+                for _ in collect(storage, garbage):
+                    advance()
     does = "would go" if dry_run else "removed"
     _say(f"{len(garbage.files):,} files, {garbage.num_bytes:,} bytes {does}")
 
@@ -360,7 +370,7 @@ def compact(path: Annotated[str, typer.Argument(metavar="OUT", help="A run's fol
     from shards.storage import rooted
 
     to = Destination(rooted(open_snapshot(path).storage.root), uuid.uuid4().hex)
-    with to.storage.hold(to.token):
+    with to.storage.hold():
         done = compact_storage(to)
     _say(
         f"{done.packs_before} packs are {done.packs_after} now, without {done.tombstones} images that no sample names;"

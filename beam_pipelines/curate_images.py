@@ -13,7 +13,7 @@ from rich.console import Console
 
 from beam_pipelines.launch import ProgressReport, beam_options, is_local, run_pipeline
 from beam_pipelines.options import CurateOptions
-from beam_pipelines.sources import check_output, count_images, find_sources
+from beam_pipelines.sources import check_output, count_gone, find_sources, image_origins
 from embeddings.duplicates import MAX_IMAGES, DuplicateRule
 from embeddings.encoder import Encoder, EncoderSpec, load_encoder
 from images.decode import DECODER, Limits
@@ -36,6 +36,9 @@ from transforms.stored import KeepPacks, ReadStored
 from transforms.synthesise import Backend, Synthesise
 from transforms.tag import TagImages
 from transforms.write import CountShards, WriteMedia, WriteRows
+
+MAX_GONE = 0.1
+"""Fraction of an earlier run's images that may be missing from a run's input before `--replace` is asked for."""
 
 
 class Synthesis(NamedTuple):
@@ -60,12 +63,16 @@ class Job(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A checked request, and what was loaded to check it. `images` counts distinct references."""
+    """A checked request, and what was loaded to check it.
+
+    `images` counts distinct references, `gone` those of the snapshot in force that are not in this input.
+    """
 
     job: Job
     model: Encoder
     pipeline_options: PipelineOptions
     images: int
+    gone: int
 
 
 def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.PCollection[str]:
@@ -204,18 +211,25 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
     """Check a whole request before anything is written. Raises BadRequest."""
     sources = find_sources(options.input, options.image_root)
     check_output(options.output, sources)
-    images = count_images(sources, options.limit, options.seed)
-    if images > MAX_IMAGES:
+    origins = image_origins(sources, options.limit, options.seed)
+    if len(origins) > MAX_IMAGES:
         raise BadRequest(
-            f"--input: {images} images, this version compares at most {MAX_IMAGES}; --limit N takes a sample"
+            f"--input: {len(origins)} images, this version compares at most {MAX_IMAGES}; --limit N takes a sample"
         )
     pipeline_options = beam_options(beam_args, options.workers)
+    to = Destination(rooted(options.output), uuid.uuid4().hex)
+    base_id = read_current(to.storage).snapshot
+    base = open_by_id(to.storage, base_id) if base_id else None
+    gone, before = count_gone(base, origins) if base else (0, 0)
+    if gone > MAX_GONE * before and not options.replace:
+        raise BadRequest(
+            f"--output {options.output}: {gone} of {before} images of the snapshot there are not in this input, which is to be"
+            " the whole input; --replace if that is meant"
+        )
     spec = EncoderSpec(options.encoder, options.encoder_weights, options.device, options.batch_size)
     model = load_encoder(spec)
     synthesis = prepare_synthesis(options)
-    to = Destination(rooted(options.output), uuid.uuid4().hex)
-    base = read_current(to.storage).snapshot
-    stored = open_by_id(to.storage, base).stored_packs() if base else []
+    stored = base.stored_packs() if base else []
     memory = recall_from(to, options, model)
     affecting = options.affecting_bytes() | {
         "encoder_weights": model.weights_sha256,
@@ -223,11 +237,11 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
     }
     if synthesis is not None:
         affecting["vlm_model"] = synthesis.backend.client.model
-    metrics = {"sources": [source._asdict() for source in sources], "images": images}
-    facts = RunFacts(base, affecting, metrics)
+    metrics = {"sources": [source._asdict() for source in sources], "images": len(origins)}
+    facts = RunFacts(base_id, affecting, metrics)
     progress = str(to.storage.scratch_path(to.token) / "progress") if is_local(pipeline_options) else ""
     job = Job(options, sources, spec, to, facts, synthesis, memory, stored, progress)
-    return Prepared(job, model, pipeline_options, images)
+    return Prepared(job, model, pipeline_options, len(origins), gone)
 
 
 def recall_from(to: Destination, options: CurateOptions, model: Encoder) -> Memory:
@@ -251,8 +265,8 @@ def curate(
     Raises BadRequest before anything is written, RunFailed where the run broke off; what stood before then still stands.
     """
     console = console or Console(stderr=True)
-    job, model, pipeline_options, images = prepare(options, beam_args)
-    plan = _plan_text(job, images)
+    job, model, pipeline_options, images, gone = prepare(options, beam_args)
+    plan = _plan_text(job, images, gone)
     if options.dry_run:
         console.print(plan, highlight=False, soft_wrap=True)
         return None
@@ -263,7 +277,7 @@ def curate(
     storage, token = job.to.storage, job.to.token
     with contextlib.ExitStack() as run:
         try:
-            run.enter_context(storage.hold(token))
+            run.enter_context(storage.hold())
         except OSError as error:
             raise BadRequest(f"--output {options.output}: cannot be written ({error.strerror})") from error
         run.callback(storage.discard, token)
@@ -277,13 +291,14 @@ def curate(
     return open_snapshot(job.to.out)
 
 
-def _plan_text(job: Job, images: int) -> str:
+def _plan_text(job: Job, images: int, gone: int) -> str:
     inputs = ", ".join(f"{source.path} ({source.format})" for source in job.sources)
     synthesis = "none (no --vlm-base-url)"
     if job.synthesis is not None:
         sight = "sends images" if job.synthesis.backend.max_pixels else "text only: tags and captions"
         synthesis = f"{job.synthesis.backend.client.model}, {sight}"
-    return f"{images} images from {inputs}\nencoder {job.encoder.name} on {job.encoder.device}; synthesis: {synthesis}"
+    less = f"; {gone} of the snapshot in force are not among them" if gone else ""
+    return f"{images} images from {inputs}{less}\nencoder {job.encoder.name} on {job.encoder.device}; synthesis: {synthesis}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

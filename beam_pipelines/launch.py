@@ -30,6 +30,7 @@ from transforms.progress import counts
 
 LOCAL_RUNNERS = ("FnApiRunner", "DirectRunner", "BundleBasedDirectRunner")
 _PLAIN_EVERY_S = 10.0
+_CLEAN_UP_S = 10.0
 _OWN_ERROR = re.compile(
     r"^(?:shards\.errors\.)?(?:RunFailed|CommitConflict|CorruptShard|BadRequest): (.*)$", re.MULTILINE
 )
@@ -104,7 +105,10 @@ def _interruptible(on_interrupt: Callable[[], None]) -> Iterator[None]:
         for child in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
-        on_interrupt()
+        # In a thread, for a while: this one may be interrupted inside a lock that cleaning up needs, or the network be away.
+        cleaning = threading.Thread(target=on_interrupt, daemon=True)
+        cleaning.start()
+        cleaning.join(_CLEAN_UP_S)
         os.write(screen, b"\ninterrupted; what stood before still stands\n")
         os._exit(130)
 

@@ -60,6 +60,12 @@ class CurateOptions(BaseModel):
         group="Input and output",
         ge=1,
     )
+    replace: bool = option(
+        False,
+        "Go on where more than a tenth of the images of the folder's snapshot are not in this input.",
+        affects_bytes=False,
+        group="Input and output",
+    )
     reuse_from: list[str] = option(
         [],
         "Folder of another run, whose ledger is read too: what it worked out is not worked out again. Repeatable.",

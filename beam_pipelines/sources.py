@@ -5,18 +5,21 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from shards.errors import BadRequest
 from shards.files import path_of
-from shards.records import SourceSample
-from shards.storage import is_remote, storage_of
+from shards.records import Origin, SourceSample
+from shards.snapshot import CURRENT, Snapshot
+from shards.storage import STAGING, is_remote, rooted, storage_of
 from transforms.read import Source, Unreadable, read_samples, take_samples
 
 _MAGIC = re.compile(r"[*?[]")
 _NAMED = re.compile(r"([A-Za-z][A-Za-z0-9_-]*)=(.+)", re.DOTALL)
 _PROBED_SAMPLES = 100
+_OF_A_RUN = {STAGING, ".lock", ".runs", "ledger", "media", "samples", "snapshots"}
+"""What a run leaves that did not get to its commit."""
 
 
 def _suggestion(path: str) -> str:
@@ -61,10 +64,9 @@ def _source(priority: int, text: str, image_root: str) -> Source:
     if os.path.isdir(path):
         return Source(priority, name, path, "files", path)
     source_format = _format_of(path)
-    rooted = image_root and source_format == "llava"
-    return Source(
-        priority, name, path, source_format, os.path.abspath(image_root) if rooted else os.path.dirname(path)
-    )
+    has_root = image_root and source_format == "llava"
+    root = os.path.abspath(image_root) if has_root else os.path.dirname(path)
+    return Source(priority, name, path, source_format, root)
 
 
 def _check_llava(source: Source) -> None:
@@ -96,17 +98,38 @@ def find_sources(inputs: Sequence[str], image_root: str) -> list[Source]:
     return sources
 
 
-def count_images(sources: Sequence[Source], limit: int | None, seed: int) -> int:
-    """Distinct image references that a run over these sources takes."""
+def image_origins(sources: Sequence[Source], limit: int | None, seed: int) -> set[Origin]:
+    """Where the images lie that a run over these sources takes: one origin per distinct reference."""
     taken = (item for source in sources for item in take_samples(source, limit, seed))
-    return len({image.origin for item in taken if isinstance(item, SourceSample) for image in item.images})
+    return {image.origin for item in taken if isinstance(item, SourceSample) for image in item.images}
+
+
+def count_gone(base: Snapshot, origins: Iterable[Origin]) -> tuple[int, int]:
+    """(images of a snapshot's input that are not in this one, images of the snapshot's input)."""
+    now = {origin[1:] for origin in origins}
+    gone = total = 0
+    for table in base.batches("decisions", ["unit", "source", "name", "offset"]):
+        for unit, *place in zip(*(column.to_pylist() for column in table.columns), strict=True):
+            if unit == "image":
+                total += 1
+                gone += tuple(place) not in now
+    return gone, total
 
 
 def check_output(output: str, sources: Sequence[Source]) -> None:
     """Raises BadRequest where the run could not write, or would read what it writes."""
-    if is_remote(output):
-        _check_bucket(output)
-        return
+    if not is_remote(output):
+        _check_folder(output, sources)
+    try:
+        names = storage_of(rooted(output)).names()
+    except OSError as error:
+        raise BadRequest(f"--output {output}: cannot be read ({error})") from error
+    strangers = sorted(names - _OF_A_RUN)
+    if strangers and CURRENT not in names:
+        raise BadRequest(f"--output {output}: holds {strangers[0]} and is no run's folder; name a new one")
+
+
+def _check_folder(output: str, sources: Sequence[Source]) -> None:
     path = os.path.realpath(output) if "\0" not in output else ""
     if not path or any(len(os.fsencode(part)) > 255 for part in path.split("/")):
         raise BadRequest(f"--output {output[:40]!r}...: no name that a file system takes")
@@ -124,22 +147,3 @@ def check_output(output: str, sources: Sequence[Source]) -> None:
             raise BadRequest(
                 f"--output {output}: lies inside --input {source.path}; the next run would read it"
             )
-    if os.path.isdir(path) and os.listdir(path) and not os.path.exists(os.path.join(path, "CURRENT")):
-        known = {".staging", ".lock", "ledger", "media", "samples", "snapshots"}
-        strangers = sorted(set(os.listdir(path)) - known)
-        if strangers:
-            raise BadRequest(
-                f"--output {output}: holds {strangers[0]} and is no run's folder; name a new one"
-            )
-
-
-def _check_bucket(output: str) -> None:
-    storage = storage_of(output)  # BadRequest for another scheme
-    try:
-        storage.exists()
-    except ImportError as error:
-        raise BadRequest(f"--output {output}: needs the extra `gcp`: pip install 'shardmill[gcp]'") from error
-    except OSError as error:
-        raise BadRequest(
-            f"--output {output}: cannot be read: {' '.join(str(error).split())[:200]}"
-        ) from error

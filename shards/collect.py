@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from shards.errors import BadRequest, RunFailed
+from shards.errors import BadRequest
 from shards.snapshot import (
     PINS,
     Snapshot,
@@ -68,10 +68,7 @@ def kept_snapshots(storage: Storage, keep: int) -> list[Snapshot]:
 
 
 def find_garbage(storage: Storage, keep: int = 1) -> Garbage:
-    """What no kept snapshot names. Raises RunFailed while a run writes, whose files nothing names yet."""
-    alive = storage.alive()
-    if alive:
-        raise RunFailed(f"{storage.root}: a run is writing ({alive[0][:8]}); collect when it is done")
+    """What no kept snapshot names. Files that a run is writing are not named yet: be `storage.alone()` until it is collected."""
     named = {
         path
         for snapshot in kept_snapshots(storage, keep)
@@ -94,5 +91,5 @@ def find_garbage(storage: Storage, keep: int = 1) -> Garbage:
 def collect(storage: Storage, garbage: Garbage) -> Iterator[Stored]:
     """Remove it, manifests first, so that a kill in between leaves no manifest that names what is gone."""
     for file in sorted(garbage.files, key=lambda file: not file.path.endswith("/manifest.json")):
-        storage.delete(file.path)
+        storage.delete(file.path, file)
         yield file

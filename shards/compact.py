@@ -29,6 +29,13 @@ def compact(to: Destination) -> Compacted:
     them open and for other snapshots, until `gc`. Raises BadRequest where nothing was committed, RunFailed where a run commits
     meanwhile.
     """
+    try:
+        return _compact(to)
+    finally:
+        to.storage.discard(to.token)
+
+
+def _compact(to: Destination) -> Compacted:
     storage = to.storage
     current = read_current(storage)
     if not current.snapshot:
@@ -46,7 +53,6 @@ def compact(to: Destination) -> Compacted:
         raise RunFailed(f"{storage.root}: another run committed meanwhile; run again")
     storage.write(manifest_path(snapshot.id), manifest.to_json())
     segments = sum(Ledger(storage, row).compact(to.token) for row in LEDGER_KINDS)
-    storage.discard(to.token)
     tombstones = sum(file.num_records for file in snapshot.manifest.tombstones)
     return Compacted(len(snapshot.manifest.media), len(manifest.media), tombstones, segments)
 

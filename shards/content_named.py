@@ -6,7 +6,7 @@ import os
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from shards.crash import crash_point
+from shards.crash import crash_point, may_crash
 from shards.storage import Storage
 
 
@@ -26,6 +26,7 @@ class ContentNamedFile:
 
     def __enter__(self) -> Self:
         crash_point("temp.before")
+        self._may_crash = may_crash()
         self._stream: BinaryIO = self._temporary.open("wb", buffering=1 << 20)
         return self
 
@@ -33,7 +34,8 @@ class ContentNamedFile:
         self._stream.write(data)
         self._hash.update(data)
         self.num_bytes += len(data)
-        crash_point("temp.half")
+        if self._may_crash:
+            crash_point("temp.half")
 
     def publish(self) -> tuple[str, str]:
         """Flush to disk and put in place. Returns the final path and the content's sha256 in hex."""

@@ -1,8 +1,9 @@
 """A snapshot as a data set for training: conversation and pictures of any sample, at random, checked, with no Parquet in between."""
 
 import hashlib
-import json
 from typing import NamedTuple
+
+import orjson
 
 from shards.packs import PackReader
 from shards.records import Turn
@@ -33,7 +34,7 @@ class SampleDataset:
     def __getitem__(self, position: int) -> Example:
         """The sample at `position` in [0, len). Raises IndexError past the end, CorruptShard for damaged bytes."""
         document = self._conversations.read_rank(range(len(self))[position])
-        body = json.loads(document)
+        body = orjson.loads(document)
         return Example(
             hashlib.sha256(document).digest(),
             [self._media.read(bytes.fromhex(image_id)) for image_id in body["images"]],

@@ -49,3 +49,7 @@ class CorruptShard(ShardmillError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path, self.what, self.record)
+
+
+class MissingShard(CorruptShard):
+    """A stored file is not there."""

@@ -12,19 +12,25 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` to `path` through a temporary file beside it: readers see the old content or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    crash_point("temp.before")
     try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            crash_point("temp.after")
-            stream.flush()
-            os.fsync(stream.fileno())
-        crash_point("fsync.after")
+        write_synced(temporary, data)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    crash_point("rename.after")
     sync_folder(path.parent)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file that no reader looks for yet, down to the disk."""
+    crash_point("temp.before")
+    with path.open("wb") as stream:
+        stream.write(data[: len(data) // 2])
+        crash_point("temp.half")
+        stream.write(data[len(data) // 2 :])
+        crash_point("temp.after")
+        stream.flush()
+        os.fsync(stream.fileno())
+    crash_point("fsync.after")
 
 
 def sync_folder(folder: Path) -> None:

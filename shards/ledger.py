@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from shards.content_named import ContentNamedFile
 from shards.crash import crash_point
-from shards.errors import CorruptShard
+from shards.errors import CorruptShard, MissingShard
 from shards.ids import digest
 from shards.records import ImageFacts, MediaRef
 from shards.storage import Storage
@@ -226,15 +226,18 @@ def _schema(row: type[Any]) -> pa.Schema:
 
 
 def read_segment(storage: Storage, path: str, row: type[Row]) -> Iterator[Row]:
-    """The rows of one segment, sorted. Raises CorruptShard, which says what to do: a memo may be deleted."""
-    with _opened(storage, path, row) as file:
+    """The rows of one segment, sorted; none of one that is gone, since a compaction may have merged it meanwhile.
+
+    Raises CorruptShard, which says what to do: a memo may be deleted.
+    """
+    with contextlib.suppress(MissingShard), _opened(storage, path, row) as file:
         for group in range(file.num_row_groups):
             yield from _rows_of(file.read_row_group(group), row)
 
 
 def _matching(storage: Storage, path: str, row: type[Row], prefixes: npt.NDArray[Any]) -> Iterator[Row]:
-    """Rows whose key begins with one of the sorted 8-byte `prefixes`."""
-    with _opened(storage, path, row) as file:
+    """Rows whose key begins with one of the sorted 8-byte `prefixes`; none of a segment that is gone."""
+    with contextlib.suppress(MissingShard), _opened(storage, path, row) as file:
         for group in range(file.num_row_groups):
             statistics = file.metadata.row_group(group).column(0).statistics
             bounds = _native(statistics.min[:8] + statistics.max[:8])
@@ -266,5 +269,7 @@ def _opened(storage: Storage, path: str, row: type[Any]) -> Iterator[pq.ParquetF
             if not file.schema_arrow.equals(_schema(row)):
                 raise CorruptShard(f"{storage.root}/{path}", "written by another version")
             yield file
+    except MissingShard:
+        raise
     except CorruptShard as error:
         raise CorruptShard(error.path, f"{error.what}; delete it: a ledger is a memo") from error

@@ -6,10 +6,13 @@ tells where everything lies.
 """
 
 import hashlib
+import itertools
 import os
+import struct
 import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -24,6 +27,9 @@ from shards.storage import RandomAccess, Storage
 
 INDEX_ROW = np.dtype([("id", "V32"), ("offset", "<u8"), ("length", "<u8")])
 """One row of an index, 48 bytes: the id, where the framed record starts, and how many bytes it spans."""
+_HALVES = struct.Struct(">QQ")
+_INDEX_READERS = 8
+"""Indexes read side by side: in a bucket each is a wait of tens of milliseconds."""
 _MAX_OPEN = 512
 """Packs that a reader keeps open; a pack beyond is opened for each read, since a process may hold about a thousand files."""
 
@@ -156,12 +162,14 @@ class PackReader:
     def __init__(self, storage: Storage, packs: Sequence[ShardFile]) -> None:
         self._storage = storage
         self._packs = [pack.path for pack in packs]
+        self._counts = [pack.num_records for pack in packs]
+        self._paths = [f"{storage.root}/{path}" for path in self._packs]
         self._open: dict[int, RandomAccess] = {}
         self._lock = threading.Lock()
         self._located: _Table | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_storage": self._storage, "_packs": self._packs}
+        return {name: self.__dict__[name] for name in ("_storage", "_packs", "_counts", "_paths")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -179,11 +187,11 @@ class PackReader:
 
     def read_rank(self, rank: int) -> bytes:
         """The record of the `rank`-th smallest id, its checksums checked."""
-        table = self._table
+        table = self._located or self._table
         pack, offset, length = table.pack[rank], table.offset[rank], table.length[rank]
         framed = self._read(pack, offset, length)
         try:
-            return tfrecord.unframe(framed, self._path(pack))
+            return tfrecord.unframe(framed, self._paths[pack])
         except CorruptShard as error:
             index = read_index(self._storage, f"{self._packs[pack]}.index")
             record = int(np.searchsorted(index["offset"], offset))
@@ -205,9 +213,6 @@ class PackReader:
                 file.close()
             self._open.clear()
 
-    def _path(self, pack: int) -> str:
-        return f"{self._storage.root}/{self._packs[pack]}"
-
     def _rank(self, record_id: bytes) -> int:
         rank = self._find(record_id)
         if rank is None:
@@ -215,8 +220,8 @@ class PackReader:
         return rank
 
     def _find(self, record_id: bytes) -> int | None:
-        table = self._table
-        high, low = int.from_bytes(record_id[:8], "big"), int.from_bytes(record_id[8:16], "big")
+        table = self._located or self._table
+        high, low = _HALVES.unpack_from(record_id)
         rank = bisect_left(table.high, high)
         while rank < len(table.high) and table.high[rank] == high:
             if table.low[rank] == low:
@@ -226,21 +231,20 @@ class PackReader:
 
     def _read(self, pack: int, offset: int, length: int) -> bytes:
         file = self._open.get(pack)
-        if file is not None:
-            return file.read(offset, length)
-        with self._lock:
-            file = self._open.get(pack)
-            if file is None:
-                try:
-                    file = self._storage.open(self._packs[pack])
-                except FileNotFoundError:
-                    raise CorruptShard(self._path(pack), "missing") from None
-                if len(self._open) < _MAX_OPEN:
+        try:
+            if file is not None:
+                return file.read(offset, length)
+            with self._lock:
+                file = self._open.get(pack) or self._storage.open(self._packs[pack])
+                kept = len(self._open) < _MAX_OPEN or pack in self._open
+                if kept:
                     self._open[pack] = file
             data = file.read(offset, length)
-            if pack not in self._open:
-                file.close()
-            return data
+        except FileNotFoundError:
+            raise CorruptShard(self._paths[pack], "missing") from None
+        if not kept:
+            file.close()
+        return data
 
     @property
     def _table(self) -> _Table:
@@ -251,14 +255,31 @@ class PackReader:
         return located
 
     def _locate(self) -> _Table:
-        rows = [read_index(self._storage, f"{pack}.index") for pack in self._packs]
-        every = np.concatenate([np.empty(0, INDEX_ROW), *rows])
-        pack = np.repeat(np.arange(len(rows), dtype=np.uint32), [len(r) for r in rows])
-        halves = every["id"].view(np.dtype((np.void, 32))).tobytes() if len(every) else b""
-        high, low = np.frombuffer(halves, ">u8").reshape(-1, 4)[:, :2].astype("<u8").T
-        order = np.lexsort((low, high))
+        high, low, offset, length = (np.empty(sum(self._counts), np.uint64) for _ in range(4))
+        pack = np.repeat(np.arange(len(self._counts), dtype=np.uint32), self._counts)
+
+        def place(path: str, start: int, count: int) -> None:
+            rows = read_index(self._storage, f"{path}.index")
+            if len(rows) != count:
+                raise CorruptShard(f"{self._storage.root}/{path}.index", f"{len(rows)} rows, not {count}")
+            part = slice(start, start + count)
+            eighths = rows.view(np.dtype((">u8", 6)))
+            high[part], low[part] = eighths[:, 0], eighths[:, 1]
+            offset[part], length[part] = rows["offset"], rows["length"]
+
+        starts = itertools.accumulate(self._counts, initial=0)
+        with ThreadPoolExecutor(_INDEX_READERS) as readers:  # as many indexes in memory at a time
+            for _ in readers.map(place, self._packs, starts, self._counts):
+                pass
+        # Packs are sorted, so this merges runs; records that agree in 64 bits of their ids come by pack, which `_find` allows.
+        order = np.argsort(high, kind="stable")
+        high, low = high[order], low[order]
         first = np.ones(len(order), bool)  # a record that lies in two packs is one record
-        first[1:] = (np.diff(high[order]) != 0) | (np.diff(low[order]) != 0)
-        order = order[first]
-        columns = (high, low, pack, every["offset"], every["length"])
-        return _Table(*(np.ascontiguousarray(column[order]).data for column in columns))
+        first[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
+        if not first.all():
+            order, high, low = order[first], high[first], low[first]
+        # One after another, so that each frees its unsorted self.
+        pack = pack[order]
+        offset = offset[order]
+        length = length[order]
+        return _Table(high.data, low.data, pack.data, offset.data, length.data)

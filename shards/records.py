@@ -126,10 +126,11 @@ class Tag(NamedTuple):
 
 
 class TaggedImage(NamedTuple):
-    """An image with its tags, best first."""
+    """An image with its encoded size and its tags, best first."""
 
     image_id: bytes
     source_image: SourceImage
+    num_bytes: int
     tags: Sequence[Tag]
 
 
@@ -152,6 +153,7 @@ class NamedImage(NamedTuple):
 
     image_id: bytes
     source_image: SourceImage
+    num_bytes: int
     tags: Sequence[Tag]
     caption: str
 

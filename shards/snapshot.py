@@ -198,12 +198,18 @@ def commit(to: Destination, base: str, manifest: Manifest) -> Manifest:
         return open_by_id(storage, current.snapshot).manifest
     if current.snapshot != base:
         raise _conflict(storage, current)
+    if snapshot_id == base:  # nothing changed, so what it came after has not either
+        placed = placed._replace(base=open_by_id(storage, base).manifest.base)
     for file in (*manifest.decisions, *manifest.dead, *manifest.tombstones):
         target = place(file)
         with contextlib.suppress(FileNotFoundError):  # moved by an earlier try of this bundle
             storage.move(file.path, target.path)
         if _size(storage, target.path) != file.num_bytes:
             raise RunFailed(f"{storage.root}/{target.path}: lost between writing and commit; run again")
+    packs = {file.path: file.num_bytes for file in storage.walk("media")}
+    for file in (*manifest.media, *manifest.media_index):
+        if packs.get(file.path) != file.num_bytes:
+            raise RunFailed(f"{storage.root}/{file.path}: went while the run used it; run again")
     crash_point("manifest.before")
     storage.write(manifest_path(snapshot_id), placed.to_json())
     crash_point("manifest.after")
@@ -321,11 +327,11 @@ def open_snapshot(path: str) -> Snapshot:
     """
     folder, wanted = split_at(path)
     storage = storage_of(folder)
-    if not storage.exists():
+    snapshot_id = read_current(storage).snapshot if wanted is None else ""
+    if not snapshot_id and not storage.exists():
         raise BadRequest(f"{folder}: no such folder; give the --output of an earlier `shardmill curate`")
     if wanted is not None:
         return open_by_id(storage, _resolve(storage, path, wanted))
-    snapshot_id = read_current(storage).snapshot
     if not snapshot_id:
         raise BadRequest(
             f"{folder}: holds no finished run; make one with `shardmill curate --output {folder}`"

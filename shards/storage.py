@@ -10,20 +10,19 @@ import fcntl
 import functools
 import os
 import shutil
-import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from shards.crash import crash_point
-from shards.errors import BadRequest, CommitConflict, CorruptShard
-from shards.files import sync_folder, write_atomically
+from shards.errors import BadRequest, CommitConflict, RunFailed
+from shards.files import sync_folder, write_synced
 
 STAGING = ".staging"
 """Folder for what a run has written and not yet committed, one subfolder per run token."""
-_LOCK = ".lock"
-_ALIVE = "alive"
+_LOCK, _RUNS = ".lock", ".runs"
 
 
 class RandomAccess(Protocol):
@@ -36,11 +35,12 @@ class RandomAccess(Protocol):
 
 
 class Stored(NamedTuple):
-    """A file that is there. `age_s` is how long ago it was last written."""
+    """A file that is there. `age_s` is how long ago it was last written; `version` differs whenever it was written again."""
 
     path: str
     num_bytes: int
     age_s: float
+    version: int = 0
 
 
 class Storage(abc.ABC):
@@ -54,7 +54,11 @@ class Storage(abc.ABC):
 
     @abc.abstractmethod
     def exists(self) -> bool:
-        """Whether there is anything at `root`."""
+        """Whether there is a folder at `root`."""
+
+    @abc.abstractmethod
+    def names(self) -> set[str]:
+        """Names of the files and folders that lie directly in `root`, a thousand of them at least; none where it is not there."""
 
     @abc.abstractmethod
     def size(self, path: str) -> int:
@@ -93,16 +97,16 @@ class Storage(abc.ABC):
         """Rename a file, replacing one that is there."""
 
     @abc.abstractmethod
-    def delete(self, path: str) -> None:
-        """Remove a file; nothing happens where there is none."""
+    def delete(self, path: str, seen: Stored | None = None) -> None:
+        """Remove a file; nothing happens where there is none, or where it was written again after `walk` has seen it."""
 
     @abc.abstractmethod
-    def hold(self, token: str) -> contextlib.AbstractContextManager[None]:
-        """Mark a run as alive for as long as this process lives, so that `gc` leaves what it writes."""
+    def hold(self) -> contextlib.AbstractContextManager[None]:
+        """Be one of the runs that write, for as long as this process lives. Waits where one is `alone`."""
 
     @abc.abstractmethod
-    def alive(self) -> list[str]:
-        """Tokens of the runs that are writing, as far as this storage can tell."""
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Keep other runs from writing. Raises RunFailed where one does, as far as this storage can tell."""
 
     def scratch(self, token: str) -> Path:
         """`scratch_path`, made if need be."""
@@ -117,7 +121,7 @@ class Storage(abc.ABC):
 
     def read_if_there(self, path: str) -> bytes | None:
         """A whole file, None where there is none."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return self.read(path)
         return None
 
@@ -153,6 +157,9 @@ class LocalStorage(Storage):
     def exists(self) -> bool:
         return self.folder.is_dir()
 
+    def names(self) -> set[str]:
+        return set(os.listdir(self.folder)) if self.exists() else set()
+
     def size(self, path: str) -> int:
         return (self.folder / path).stat().st_size
 
@@ -164,14 +171,15 @@ class LocalStorage(Storage):
 
     def walk(self, folder: str) -> Iterator[Stored]:
         now = time.time()
-        for parent, folders, names in os.walk(self.folder / folder):
-            folders.sort()
-            for name in sorted(names):
-                found = Path(parent, name)
-                with contextlib.suppress(FileNotFoundError):
-                    status = found.stat()
-                    path = found.relative_to(self.folder).as_posix()
-                    yield Stored(path, status.st_size, now - status.st_mtime)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            for entry in sorted(os.scandir(self.folder / folder), key=_order_in_paths):
+                path = f"{folder}/{entry.name}"
+                if entry.is_dir(follow_symlinks=False):
+                    yield from self.walk(path)
+                elif entry.is_file():
+                    with contextlib.suppress(FileNotFoundError):
+                        status = entry.stat()
+                        yield Stored(path, status.st_size, now - status.st_mtime, status.st_mtime_ns)
 
     def scratch_path(self, token: str) -> Path:
         return self.folder / STAGING / token
@@ -183,7 +191,15 @@ class LocalStorage(Storage):
         sync_folder(target.parent)
 
     def write(self, path: str, data: bytes) -> None:
-        write_atomically(self.folder / path, data)
+        # Not beside the file: what a kill leaves there would be no garbage that `gc` knows, and a pin to whoever lists pins.
+        token = f"write.{os.getpid()}.{threading.get_ident():x}"
+        try:
+            temporary = self.scratch(token) / "data"
+            write_synced(temporary, data)
+            self.publish(temporary, path)
+        finally:
+            self.discard(token)
+        crash_point("rename.after")
 
     def swap(self, path: str, data: bytes, seen: bytes | None) -> None:
         with (self.folder / _LOCK).open("w") as lock:
@@ -196,182 +212,48 @@ class LocalStorage(Storage):
     def move(self, path: str, target: str) -> None:
         self.publish(self.folder / path, target)
 
-    def delete(self, path: str) -> None:
+    def delete(self, path: str, seen: Stored | None = None) -> None:
         found = self.folder / path
-        found.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if seen is None or found.stat().st_mtime_ns == seen.version:
+                found.unlink()
         with contextlib.suppress(OSError):  # folders go with their last file
             for parent in list(found.parents)[: path.count("/")]:
                 parent.rmdir()
 
-    @contextlib.contextmanager
-    def hold(self, token: str) -> Iterator[None]:
-        with (self.scratch(token) / _ALIVE).open("w") as mark:
-            fcntl.flock(mark, fcntl.LOCK_EX)
-            yield
-
-    def alive(self) -> list[str]:
-        return [mark.parent.name for mark in self.folder.glob(f"{STAGING}/*/{_ALIVE}") if _is_locked(mark)]
-
-
-def _is_locked(path: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError), path.open("r+") as mark:
-        try:
-            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-class _BucketFile:
-    """Reads by range requests; nothing is held open."""
-
-    def __init__(self, blob: Any, named_errors: Callable[[str], Any], path: str) -> None:
-        self._blob, self._named_errors, self._path = blob, named_errors, path
-
-    def read(self, offset: int, length: int) -> bytes:
-        with self._named_errors(self._path):
-            # Of a range the service has no checksum: what is read so has its own.
-            return bytes(self._blob.download_as_bytes(start=offset, end=offset + length - 1, checksum=None))
-
-    def close(self) -> None:
-        pass
-
-
-class BucketStorage(Storage):
-    """A folder in Google Cloud Storage, `gs://BUCKET/FOLDER`. Needs the extra `gcp`.
-
-    Files are put under their final names on condition that nothing is there; `CURRENT` is replaced by generation match.
-    """
-
-    def __init__(self, root: str) -> None:
-        super().__init__(root)
-        bucket, _, folder = root.removeprefix("gs://").partition("/")
-        if not bucket:
-            raise BadRequest(f"{root}: names no bucket, as gs://BUCKET/FOLDER")
-        self._bucket_name, self._prefix = bucket, folder.strip("/") + "/" if folder.strip("/") else ""
-
-    @functools.cached_property
-    def _bucket(self) -> Any:
-        from google.auth.credentials import AnonymousCredentials
-        from google.cloud import storage
-
-        if os.environ.get("STORAGE_EMULATOR_HOST"):
-            client = storage.Client(project="emulated", credentials=AnonymousCredentials())
-        else:
-            client = storage.Client()
-        return client.bucket(self._bucket_name)
-
-    def _blob(self, path: str) -> Any:
-        return self._bucket.blob(self._prefix + path)
+    def hold(self) -> contextlib.AbstractContextManager[None]:
+        return self._locked(fcntl.LOCK_SH)
 
     @contextlib.contextmanager
-    def _named_errors(self, path: str) -> Iterator[None]:
-        """Errors of the client as the OSErrors that a local folder would raise."""
-        from google.api_core.exceptions import GoogleAPICallError, NotFound, RetryError
-        from google.auth.exceptions import GoogleAuthError
-
-        try:
-            yield
-        except NotFound as error:
-            raise FileNotFoundError(f"{self.root}/{path}: not there") from error
-        except (GoogleAPICallError, GoogleAuthError, RetryError) as error:
-            raise OSError(f"{self.root}/{path}: {error}") from error
-
-    def exists(self) -> bool:
-        with self._named_errors(""):
-            return any(True for _ in self._bucket.list_blobs(prefix=self._prefix, max_results=1))
-
-    def size(self, path: str) -> int:
-        with self._named_errors(path):
-            blob = self._bucket.get_blob(self._prefix + path)
-        if blob is None:
-            raise FileNotFoundError(f"{self.root}/{path}: not there")
-        return int(blob.size)
-
-    def open(self, path: str) -> RandomAccess:
-        return _BucketFile(self._blob(path), self._named_errors, path)
-
-    def stream(self, path: str) -> BinaryIO:
-        with self._named_errors(path):
-            stream = self._blob(path).open("rb")
-            stream.read(1)
-            stream.seek(0)
-        opened: BinaryIO = stream
-        return opened
-
-    def walk(self, folder: str) -> Iterator[Stored]:
-        now = time.time()
-        with self._named_errors(folder):
-            for blob in self._bucket.list_blobs(prefix=f"{self._prefix}{folder}/"):
-                path = blob.name.removeprefix(self._prefix)
-                yield Stored(path, blob.size, now - blob.updated.timestamp())
-
-    def scratch_path(self, token: str) -> Path:
-        return Path(tempfile.gettempdir()) / "shardmill" / token
-
-    def publish(self, temporary: Path, path: str) -> None:
-        from google.api_core.exceptions import PreconditionFailed
-
-        try:
-            with self._named_errors(path):
-                self._blob(path).upload_from_filename(temporary, if_generation_match=0, checksum="crc32c")
-        except OSError as error:
-            if not isinstance(error.__cause__, PreconditionFailed):
-                raise
-            # Somebody, maybe a first try of ours, has put it there: it is named by its content.
-            if self.size(path) != temporary.stat().st_size:
-                raise CorruptShard(f"{self.root}/{path}", "has another size than its content") from error
-        temporary.unlink()
-
-    def write(self, path: str, data: bytes) -> None:
-        with self._named_errors(path):
-            self._blob(path).upload_from_string(data, checksum="crc32c")
-
-    def swap(self, path: str, data: bytes, seen: bytes | None) -> None:
-        from google.api_core.exceptions import NotFound, PreconditionFailed
-
-        with self._named_errors(path):
-            blob = self._bucket.get_blob(self._prefix + path)
+    def alone(self) -> Iterator[None]:
+        with contextlib.ExitStack() as lock:
             try:
-                found = None if blob is None else blob.download_as_bytes()  # of the generation just seen
-            except NotFound:
-                raise CommitConflict(f"{self.root}/{path} changed meanwhile") from None
-        if found != seen:
-            raise CommitConflict(f"{self.root}/{path} changed meanwhile")
-        crash_point("current.before")
-        try:
-            with self._named_errors(path):
-                self._blob(path).upload_from_string(
-                    data, if_generation_match=blob.generation if blob else 0, checksum="crc32c"
-                )
-        except OSError as error:
-            if not isinstance(error.__cause__, PreconditionFailed):
-                raise
-            # Also the answer to a retry inside the client whose first try arrived.
-            if self.read_if_there(path) != data:
-                raise CommitConflict(f"{self.root}/{path} changed meanwhile") from error
-
-    def move(self, path: str, target: str) -> None:
-        with self._named_errors(path):
-            self._bucket.copy_blob(self._blob(path), self._bucket, self._prefix + target)
-        self.delete(path)
-
-    def delete(self, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError), self._named_errors(path):
-            self._blob(path).delete()
+                lock.enter_context(self._locked(fcntl.LOCK_EX | fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise RunFailed(f"{self.root}: a run is writing; try again when it is done") from None
+            yield
 
     @contextlib.contextmanager
-    def hold(self, token: str) -> Iterator[None]:
-        yield
+    def _locked(self, how: int) -> Iterator[None]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / _RUNS).open("w") as mark:
+            fcntl.flock(mark, how)
+            yield
 
-    def alive(self) -> list[str]:
-        return []
+
+def _order_in_paths(entry: os.DirEntry[str]) -> str:
+    """Sorts a folder among files by the paths of what it holds."""
+    return f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
 
 
 @functools.lru_cache(maxsize=64)
 def storage_of(root: str) -> Storage:
     """The storage of a folder: `gs://...` or a local path. Nothing is opened. Raises BadRequest for another scheme."""
     if root.startswith("gs://"):
+        try:
+            from shards.bucket import BucketStorage
+        except ImportError as error:
+            raise BadRequest(f"{root}: needs the extra `gcp`: pip install 'shardmill[gcp]'") from error
         return BucketStorage(root)
     if "://" in root:
         raise BadRequest(f"{root}: a local folder or gs:// is needed")
@@ -385,4 +267,5 @@ def is_remote(root: str) -> bool:
 
 def rooted(text: str) -> str:
     """A folder as a user names it, as text that means the same in every process: a local one absolute, `~` expanded."""
-    return text.rstrip("/") if is_remote(text) else os.path.abspath(os.path.expanduser(text))
+    scheme, remote, path = text.partition("://")
+    return f"{scheme}://{path.rstrip('/')}" if remote else os.path.abspath(os.path.expanduser(text))

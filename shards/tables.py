@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.content_named import ContentNamedFile
-from shards.errors import CorruptShard
+from shards.errors import CorruptShard, MissingShard
 from shards.ids import sample_document
 from shards.packs import PackWriter
 from shards.records import Call, DeadLetter, Decision, Origin, Provenance, Sample, ShardFile, Tag, Turn
@@ -188,7 +188,7 @@ def open_table(storage: Storage, path: str) -> Iterator[pq.ParquetFile]:
         ):
             yield file
     except FileNotFoundError:
-        raise CorruptShard(f"{storage.root}/{path}", "missing; `shardmill verify` checks all files") from None
+        raise MissingShard(f"{storage.root}/{path}", "missing; `shardmill verify` checks all files") from None
     except (OSError, pa.ArrowException) as error:
         raise CorruptShard(
             f"{storage.root}/{path}", f"cannot be read ({error}); `shardmill verify` checks all files"

@@ -15,10 +15,11 @@ from shards.errors import CorruptShard
 HEADER_BYTES = 12
 FRAME_BYTES = 16
 _MASK_DELTA = 0xA282EAD8
+_HEADER, _CRC = struct.Struct("<QI"), struct.Struct("<I")
 
 
-def _masked_crc(data: bytes | memoryview) -> int:
-    crc: int = google_crc32c.value(bytes(data))
+def _masked_crc(data: bytes) -> int:
+    crc: int = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
 
 
@@ -28,17 +29,18 @@ def frame(data: bytes) -> tuple[bytes, bytes]:
     return length + struct.pack("<I", _masked_crc(length)), struct.pack("<I", _masked_crc(data))
 
 
-def unframe(framed: bytes | memoryview, path: str, record: int | None = None) -> bytes:
+def unframe(framed: bytes, path: str, record: int | None = None) -> bytes:
     """The data of one framed record. Raises CorruptShard where a length or checksum does not fit."""
-    if len(framed) < FRAME_BYTES:
-        raise CorruptShard(path, f"record cut short at {len(framed)} bytes", record)
-    length, length_crc = struct.unpack_from("<QI", framed)
+    size = len(framed)
+    if size < FRAME_BYTES:
+        raise CorruptShard(path, f"record cut short at {size} bytes", record)
+    length, length_crc = _HEADER.unpack_from(framed)
     if _masked_crc(framed[:8]) != length_crc:
         raise CorruptShard(path, "length checksum differs", record)
-    if len(framed) != length + FRAME_BYTES:
-        raise CorruptShard(path, f"record of {length} bytes, {len(framed) - FRAME_BYTES} there", record)
-    data = bytes(framed[HEADER_BYTES:-4])
-    if _masked_crc(data) != struct.unpack_from("<I", framed, length + HEADER_BYTES)[0]:
+    if size != length + FRAME_BYTES:
+        raise CorruptShard(path, f"record of {length} bytes, {size - FRAME_BYTES} there", record)
+    data = framed[HEADER_BYTES:-4]
+    if _masked_crc(data) != _CRC.unpack_from(framed, size - 4)[0]:
         raise CorruptShard(path, "data checksum differs", record)
     return data
 

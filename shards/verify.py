@@ -43,7 +43,7 @@ def verify_snapshot(
         if snapshot_id_of(manifest) != manifest.snapshot_id:
             yield Fault(f"snapshots/{manifest.snapshot_id}/manifest.json", "its content has another id")
     for file in snapshot.files():
-        for fault in _faults(snapshot.storage, file, decode):
+        for fault in faults_of(snapshot.storage, file, decode):
             whole = False
             yield fault
         advance(file)
@@ -67,7 +67,7 @@ def _missing(snapshot: Snapshot) -> Iterator[Fault]:
                 yield Fault(f"sample {sample_id}", "its conversation is in no pack")
 
 
-def _faults(storage: Storage, file: ShardFile, decode: Decode | None) -> Iterator[Fault]:
+def faults_of(storage: Storage, file: ShardFile, decode: Decode | None = None) -> Iterator[Fault]:
     """The faults of one file; of several that one damage makes only the most exact."""
     try:
         size = storage.size(file.path)

@@ -35,7 +35,8 @@ def test_flags_that_the_docs_name_exist(page: Path) -> None:
     from training.options import TrainOptions
 
     known = {flag(name) for model in (CurateOptions, TrainOptions) for name in model.model_fields}
-    known |= {"--config", "--help", "--format", "--no-train", "--train"}
+    known |= {"--config", "--help", "--format", "--no-train", "--train", "--deep", "--keep", "--name"}
+    known |= {"--samples", "--only"}
     # Of pip, Beam and the benchmarks.
     known |= {
         "--no-deps",

@@ -53,8 +53,7 @@ def fetch_image(source_image: SourceImage, limits: Limits) -> FetchedImage:
 def decode_image(fetched: FetchedImage, geometry: Geometry, limits: Limits) -> DecodedImage:
     """Decode and measure. Raises BadData as `open_image` does."""
     facts, pixels = decode(fetched.encoded, geometry, limits)
-    sized = fetched.source_image.ref._replace(length=len(fetched.encoded))
-    return DecodedImage(fetched.image_id, fetched.source_image._replace(ref=sized), facts, pixels)
+    return DecodedImage(fetched.image_id, fetched.source_image, facts, pixels)
 
 
 def embed(encoder: Encoder, batch: Sequence[DecodedImage]) -> list[EmbeddedImage]:

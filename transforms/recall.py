@@ -64,8 +64,9 @@ def recall_image(
         return BadData(row.code, row.message, image_id) if known else None
     if row.width * row.height > limits.max_pixels:
         return None
-    sized = source_image._replace(ref=source_image.ref._replace(length=row.num_bytes))
-    return EmbeddedImage(image_id, sized, row.facts, row.embedding, row.scores, memory.encoder, row.numerics)
+    return EmbeddedImage(
+        image_id, source_image, row.facts, row.embedding, row.scores, memory.encoder, row.numerics
+    )
 
 
 def _keyed_by_state(source_image: SourceImage) -> tuple[bytes, SourceImage]:

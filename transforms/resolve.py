@@ -282,7 +282,7 @@ class _NameImage(beam.DoFn):
         caption = next(filter(None, captions), "")
         stored = any(True for _ in groups["stored"])
         for tagged in groups["kept"] if captions else ():
-            named = NamedImage(image_id, tagged.source_image, tagged.tags, caption)
+            named = NamedImage(image_id, tagged.source_image, tagged.num_bytes, tagged.tags, caption)
             yield named
             if not stored:
                 yield TaggedOutput("new", named)

@@ -36,4 +36,4 @@ class TagImages(beam.PTransform):
 
     def _tag(self, image: EmbeddedImage) -> TaggedImage:
         tags = tags_of(image.scores, self.class_names, self.min_score, self.max_tags)
-        return TaggedImage(image.image_id, image.source_image, tags)
+        return TaggedImage(image.image_id, image.source_image, image.facts.num_bytes, tags)

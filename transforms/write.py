@@ -37,7 +37,7 @@ class CountShards(beam.PTransform):
     def expand(self, images: beam.PCollection[NamedImage]) -> beam.PCollection[int]:
         return (
             images
-            | "Sizes" >> beam.Map(lambda image: image.source_image.ref.length).with_output_types(int)
+            | "Sizes" >> beam.Map(lambda image: image.num_bytes).with_output_types(int)
             | "Total" >> beam.CombineGlobally(sum)
             | "NumShards" >> beam.Map(num_shards_for, self.max_shard_bytes).with_output_types(int)
         )
@@ -63,10 +63,7 @@ def pack_images(
             refs.append(RefRow(ref_key(ref, etag_of(ref)), b"", 0))
             return None
 
-    todo = [
-        ToPack(image.image_id, image.source_image.ref.length, functools.partial(read, image))
-        for image in images
-    ]
+    todo = [ToPack(image.image_id, image.num_bytes, functools.partial(read, image)) for image in images]
     yield from write_media(to.storage, to.token, shard, todo, max_shard_bytes)
     refs.flush()
     yield from letters

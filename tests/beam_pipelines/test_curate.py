@@ -440,7 +440,7 @@ def test_an_interrupted_run_leaves_no_process_and_no_trace(
     time.sleep(1)
     left = [pid for pid in os.listdir("/proc") if pid.isdigit() and _session_of(int(pid)) == child.pid]
     assert left == []
-    assert {path.name for path in out.iterdir()} <= {"ledger"}
+    assert {path.name for path in out.iterdir()} <= {"ledger", ".runs"}
 
 
 def _session_of(pid: int) -> int:

@@ -13,6 +13,7 @@ from shards.ledger import (
     LedgerWriter,
     RefRow,
     SearchRow,
+    read_segment,
     ref_key,
     smallest_per_key,
 )
@@ -124,6 +125,15 @@ def test_a_damaged_segment_is_named_and_may_be_deleted(tmp_path: Path) -> None:
         list(ledger.rows())
     path.unlink()
     assert list(ledger.rows()) == []
+
+
+def test_a_segment_that_was_merged_away_meanwhile_is_no_rows(tmp_path: Path) -> None:
+    ledger = Ledger(LocalStorage(str(tmp_path)), RefRow)
+    for row in ref_rows(3):
+        ledger.put([row], "t")
+    seen = ledger.segments()
+    ledger.compact("t")
+    assert [list(read_segment(LocalStorage(s.root), s.path, RefRow)) for s in seen] == [[], [], []]
 
 
 def test_a_reference_has_another_key_once_its_file_changed() -> None:

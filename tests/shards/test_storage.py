@@ -1,16 +1,19 @@
 import errno
 import os
 import pickle
+import select
 import subprocess
 import sys
-import threading
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from shards import bucket
 from shards.content_named import ContentNamedFile
 from shards.crash import CRASH_POINTS
-from shards.errors import BadRequest, CommitConflict
+from shards.errors import BadRequest, CommitConflict, RunFailed
 from shards.storage import LocalStorage, Storage, rooted, storage_of
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -23,68 +26,155 @@ def put(storage: Storage, data: bytes, token: str = "t") -> str:
         return file.publish()[0]
 
 
-def test_a_folder_keeps_what_is_put(tmp_path: Path) -> None:
-    storage = storage_of(str(tmp_path))
+@pytest.fixture(params=["folder", "bucket"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
+    """Both kinds of storage: what a test says of this one holds for either."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    if request.param == "folder":
+        return storage_of(str(tmp_path / "out"))
+    return storage_of(f"gs://{request.getfixturevalue('gcs').bucket}/some/out")
+
+
+def test_a_folder_keeps_what_is_put(storage: Storage, tmp_path: Path) -> None:
+    assert not storage.exists() and storage.names() == set()
     assert pickle.loads(pickle.dumps(storage)) is storage
     path = put(storage, b"hello")
     assert put(storage, b"hello", "another run") == path
+    assert storage.exists()
     assert storage.read(path) == b"hello" and storage.size(path) == 5
-    assert storage.read_if_there("nothing") is None
     opened = storage.open(path)
     assert opened.read(1, 3) == b"ell" and opened.read(4, 100) == b"o"
+    assert opened.read(5, 1) == opened.read(100, 1) == opened.read(0, 0) == b""
     opened.close()
     assert [(f.path, f.num_bytes) for f in storage.walk("folder")] == [(path, 5)]
     storage.move(path, "else/where")
     storage.write("else/where", b"other")
     assert storage.read("else/where") == b"other"
+    assert "else" in storage.names()
     storage.delete("else/where")
     storage.delete("else/where")
-    assert list(storage.walk("else")) == [] and not (tmp_path / "else").exists()
+    assert list(storage.walk("else")) == [] and "else" not in storage.names()
+    storage.write(".staging/t/decisions/x", b"staged")
     for token in ("t", "another run"):
         storage.discard(token)
-    assert not (tmp_path / ".staging").exists()
-    with pytest.raises(FileNotFoundError):
-        storage.size("nothing")
+    assert not storage.names() & {"else", ".staging"}
+    assert not (tmp_path / "temporary").exists() or not list((tmp_path / "temporary").rglob("*"))
 
 
-def test_a_swap_needs_what_was_seen(tmp_path: Path) -> None:
-    storage = LocalStorage(str(tmp_path))
+def test_what_is_not_there_is_not_found(storage: Storage) -> None:
+    storage.write("there", b"")
+    assert storage.read("there") == b"" and storage.size("there") == 0
+    assert storage.read_if_there("nothing") is None
+    assert list(storage.walk("nothing")) == []
+    for failing in (
+        lambda: storage.size("nothing"),
+        lambda: storage.read("nothing"),
+        lambda: storage.stream("nothing"),
+        lambda: storage.open("nothing").read(0, 1),
+        lambda: storage.move("nothing", "there"),
+    ):
+        with pytest.raises(FileNotFoundError, match="nothing"):
+            failing()
+    assert storage.read("there") == b""
+
+
+def test_a_stream_reads_and_seeks_as_a_file_does(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket, "_READ_BYTES", 100)
+    data = bytes(range(256)) * 4
+    storage.write("x", data)
+    with storage.stream("x") as stream:
+        assert stream.read(10) == data[:10] and stream.tell() == 10
+        assert stream.seek(-5, os.SEEK_END) == len(data) - 5
+        assert stream.read() == data[-5:] and stream.read(1) == b""
+        assert stream.seek(20) == 20 and stream.seek(1, os.SEEK_CUR) == 21
+        assert stream.read(500) == data[21:521] and stream.read() == data[521:]
+
+
+def test_files_are_walked_in_the_order_of_their_paths(storage: Storage) -> None:
+    paths = ["a/z", "a/b-c", "a/b/d", "a/b.e", "a/b/c/d", "ab/x", "a-b", "a/é"]
+    for path in paths:
+        storage.write(path, path.encode())
+    found = list(storage.walk("a"))
+    assert [file.path for file in found] == sorted(path for path in paths if path.startswith("a/"))
+    assert all(-5 < file.age_s < 60 for file in found)
+    assert storage.names() == {"a", "ab", "a-b"}
+
+
+def test_only_what_was_seen_is_deleted(storage: Storage) -> None:
+    storage.write("a/b", b"old")
+    (seen,) = storage.walk("a")
+    storage.write("a/b", b"new")
+    storage.delete("a/b", seen)
+    assert storage.read("a/b") == b"new"
+    (seen,) = storage.walk("a")
+    storage.delete("a/b", seen)
+    storage.delete("a/b", seen)
+    assert list(storage.walk("a")) == []
+
+
+def test_equal_content_is_published_from_many_threads(storage: Storage) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        paths = set(threads.map(lambda n: put(storage, b"content", f"t{n}"), range(16)))
+    assert [file.path for file in storage.walk("folder")] == list(paths)
+    assert storage.read(paths.pop()) == b"content"
+
+
+def test_damaged_content_gives_way_to_what_its_name_says(storage: Storage) -> None:
+    path = put(storage, b"content")
+    for damaged in (b"cut", b"CONTENT"):
+        storage.write(path, damaged)
+        assert put(storage, b"content") == path
+        assert storage.read(path) == b"content"
+
+
+def test_a_swap_needs_what_was_seen(storage: Storage) -> None:
+    storage.write("other", b"")
     storage.swap("CURRENT", b"one", None)
-    with pytest.raises(CommitConflict):
-        storage.swap("CURRENT", b"two", None)
+    for seen in (None, b"", b"two"):
+        with pytest.raises(CommitConflict):
+            storage.swap("CURRENT", b"two", seen)
+    assert storage.read("CURRENT") == b"one"
     storage.swap("CURRENT", b"two", b"one")
     assert storage.read("CURRENT") == b"two"
-    won: list[int] = []
-
-    def race(number: int) -> None:
-        try:
-            LocalStorage(str(tmp_path)).swap("CURRENT", b"%d" % number, b"two")
-            won.append(number)
-        except CommitConflict:
-            pass
-
-    threads = [threading.Thread(target=race, args=(number,)) for number in range(20)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(won) == 1 and storage.read("CURRENT") == b"%d" % won[0]
 
 
-def test_runs_that_write_are_alive_until_they_end_or_are_killed(tmp_path: Path) -> None:
+def test_of_twenty_swaps_at_once_one_wins(storage: Storage) -> None:
+    storage.write("CURRENT", b"seen")
+    seen = b"seen"
+    with ThreadPoolExecutor(20) as threads:
+        for race in range(20):
+
+            def swap(number: int, race: int = race, seen: bytes = seen) -> bytes | None:
+                data = b"%d in %d" % (number, race)
+                try:
+                    storage.swap("CURRENT", data, seen)
+                except CommitConflict:
+                    return None
+                return data
+
+            (won,) = [data for data in threads.map(swap, range(20)) if data]
+            assert storage.read("CURRENT") == won
+            seen = won
+
+
+def test_one_is_alone_only_when_no_run_writes_and_runs_wait_for_it(tmp_path: Path) -> None:
     storage = LocalStorage(str(tmp_path))
-    with storage.hold("mine"):
-        assert storage.alive() == ["mine"]
-    assert storage.alive() == []
+    with storage.hold(), storage.hold(), pytest.raises(RunFailed, match="a run is writing"), storage.alone():
+        pass
     script = (
         "import sys, time; from shards.storage import LocalStorage\n"
-        f"with LocalStorage({str(tmp_path)!r}).hold('other'): print(1, flush=True); time.sleep(60)"
+        f"with LocalStorage({str(tmp_path)!r}).hold(): print(1, flush=True); time.sleep(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=REPOSITORY) as child:
-        assert child.stdout and child.stdout.readline() == b"1\n"
-        assert storage.alive() == ["other"]
-        child.kill()
-    assert storage.alive() == []
+    with storage.alone():
+        child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=REPOSITORY)
+        assert child.stdout and select.select([child.stdout], [], [], 1.0)[0] == []
+    assert child.stdout.readline() == b"1\n"
+    with pytest.raises(RunFailed), storage.alone():
+        pass
+    child.kill()
+    child.communicate()
+    with storage.alone():
+        pass
 
 
 @pytest.mark.parametrize("failing", ["write", "replace", "fsync"])

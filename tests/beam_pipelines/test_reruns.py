@@ -1,0 +1,262 @@
+"""Later runs pay only for what changed, and give what a run from nothing gives."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from beam_pipelines.curate_images import curate
+from beam_pipelines.options import parse_options
+from embeddings.encoder import Encoder
+from images import fetch
+from shards.collect import collect, find_garbage
+from shards.compact import compact
+from shards.errors import BadRequest
+from shards.ledger import Ledger, RefRow
+from shards.snapshot import Destination, Snapshot
+from shards.storage import storage_of
+from shards.verify import verify_snapshot
+from transforms import embed, recall
+
+SMALL = "40KB"
+
+
+class Work:
+    """What a run did: references fetched, images embedded."""
+
+    def __init__(self) -> None:
+        self.fetched: list[str] = []
+        self.embedded = 0
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[Work]:
+    done = Work()
+    encode = Encoder.encode
+
+    def counted_fetch(ref, max_bytes):
+        done.fetched.append(Path(ref.uri).name)
+        return fetch.fetch_known(ref, max_bytes)
+
+    def counted_encode(self, pixels):
+        done.embedded += len(pixels)
+        return encode(self, pixels)
+
+    monkeypatch.setattr(embed, "fetch_known", counted_fetch)
+    monkeypatch.setattr(recall, "fetch_known", counted_fetch)
+    monkeypatch.setattr(Encoder, "encode", counted_encode)
+    monkeypatch.setattr(fetch, "_CLOCK_TICK_NS", 0)
+    monkeypatch.setattr(fetch, "_COARSE_TICK_NS", 0)
+    return done
+
+
+def picture(number: int) -> bytes:
+    import io
+
+    noise = np.random.default_rng(number).integers(0, 256, (24, 32, 3), np.uint8)
+    sink = io.BytesIO()
+    Image.fromarray(noise).resize((128, 96)).save(sink, "JPEG", quality=90)
+    return sink.getvalue()
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(20):
+        (folder / f"{number:02}.jpg").write_bytes(picture(number))
+    (folder / "copy.jpg").write_bytes(picture(3))
+    (folder / "broken.jpg").write_bytes(picture(4)[:700])
+    write_captions(folder, "a picture")
+    return folder
+
+
+def write_captions(folder: Path, text: str) -> None:
+    records = [
+        {
+            "image": path.name,
+            "conversations": [
+                {"from": "human", "value": "<image>\n?"},
+                {"from": "gpt", "value": f"{text} {path.name}"},
+            ],
+        }
+        for path in sorted(folder.glob("*.jpg"))
+    ]
+    (folder / "captions.json").write_text(json.dumps(records))
+
+
+def run(folder: Path, out: Path, **options: object) -> Snapshot:
+    values = {
+        "input": [str(folder / "captions.json")],
+        "output": str(out),
+        "max_shard_size": SMALL,
+        **options,
+    }
+    snapshot = curate(parse_options(values))
+    assert snapshot is not None and not list(verify_snapshot(snapshot))
+    return snapshot
+
+
+def content(snapshot: Snapshot) -> tuple[str, list[str]]:
+    return snapshot.id, [file.sha256 for file in snapshot.manifest.samples]
+
+
+def media(out: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in (out / "media").iterdir()}
+
+
+def test_an_unchanged_folder_is_neither_fetched_nor_embedded_nor_packed_again(photos, tmp_path, work) -> None:
+    out = tmp_path / "out"
+    first = run(photos, out)
+    assert len(work.fetched) == 22 and work.embedded > 0
+    packs = {path: path.stat().st_mtime_ns for path in (out / "media").iterdir()}
+    work.fetched.clear()
+    work.embedded = 0
+    again = run(photos, out)
+    assert (work.fetched, work.embedded) == ([], 0)
+    assert again.manifest.files() == first.manifest.files() and again.id == first.id
+    assert {path: path.stat().st_mtime_ns for path in (out / "media").iterdir()} == packs
+    failures = [json.loads((out / "metrics.json").read_text())["failures"]]
+    assert failures[0]["decode/truncated"][0]["message"], "a recalled failure says what it said"
+
+
+def test_references_can_be_verified_and_a_moved_folder_is_known_by_its_bytes(photos, tmp_path, work) -> None:
+    out = tmp_path / "out"
+    first = run(photos, out)
+    work.fetched.clear()
+    work.embedded = 0
+    assert run(photos, out, verify_refs=True).id == first.id
+    assert (len(work.fetched), work.embedded) == (22, 0)
+    moved = tmp_path / "moved"
+    shutil.copytree(photos, moved)
+    work.fetched.clear()
+    assert run(moved, out).id == first.id
+    assert (len(work.fetched), work.embedded) == (22, 0)
+    work.fetched.clear()
+    assert run(moved, out).id == first.id
+    assert work.fetched == []
+
+
+def test_a_changed_file_is_seen_whatever_its_times_say(photos, tmp_path, work) -> None:
+    out = tmp_path / "out"
+    run(photos, out)
+    path = photos / "05.jpg"
+    times = path.stat()
+    changed = bytearray(picture(50))[: times.st_size]
+    path.write_bytes(bytes(changed) + bytes(times.st_size - len(changed)))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    work.fetched.clear()
+    later = run(photos, out)
+    assert set(work.fetched) == {"05.jpg"}
+    assert content(later) == content(run(photos, tmp_path / "nothing"))
+
+
+def test_new_images_write_their_own_bytes_and_give_what_a_run_from_nothing_gives(
+    photos, tmp_path, work
+) -> None:
+    out = tmp_path / "out"
+    run(photos, out)
+    before = media(out)
+    (photos / "new.jpg").write_bytes(picture(99))
+    (photos / "00.jpg").unlink()
+    write_captions(photos, "a picture")
+    work.fetched.clear()
+    later = run(photos, out)
+    new = {name: size for name, size in media(out).items() if name not in before}
+    assert set(work.fetched) == {"new.jpg"}
+    assert sum(new.values()) <= len(picture(99)) + 16 + 48
+    assert sum(file.num_records for file in later.manifest.tombstones) == 1
+    from_nothing = run(photos, tmp_path / "nothing")
+    assert content(later) == content(from_nothing)
+    assert later.manifest.media != from_nothing.manifest.media
+    compact(Destination(str(out), "compaction"))
+    storage = storage_of(str(out))
+    list(collect(storage, find_garbage(storage)))
+    assert media(out) == media(tmp_path / "nothing")
+
+
+def test_a_changed_caption_or_threshold_writes_no_media_byte(photos, tmp_path, work) -> None:
+    out = tmp_path / "out"
+    first = run(photos, out)
+    before = media(out)
+    work.fetched.clear()
+    write_captions(photos, "another caption of")
+    second = run(photos, out)
+    third = run(photos, out, tag_min_score=0.5)
+    assert media(out) == before and work.fetched == []
+    assert len({first.id, second.id, third.id}) == 3
+    assert content(third) == content(run(photos, tmp_path / "nothing", tag_min_score=0.5))
+
+
+def test_a_pack_of_which_nothing_is_named_leaves_and_a_lost_one_is_written_again(photos, tmp_path) -> None:
+    out = tmp_path / "out"
+    first = run(photos, out)
+    lost = first.manifest.media[0]
+    (out / lost.path).unlink()
+    again = run(photos, out)
+    assert again.id == first.id
+    assert (out / lost.path).exists() or lost.path not in {f.path for f in again.manifest.media}
+    for path in sorted(photos.glob("*.jpg"))[1:]:
+        path.unlink()
+    write_captions(photos, "a picture")
+    with pytest.raises(
+        BadRequest, match=r"21 of 22 images of the snapshot there are not in this input.*--replace"
+    ):
+        run(photos, out)
+    left = run(photos, out, replace=True)
+    assert len(left.manifest.media) == 1 and len(left.manifest.media) < len(first.manifest.media)
+    packed = sum(file.num_records for file in left.manifest.media)
+    assert packed - sum(file.num_records for file in left.manifest.tombstones) == 1
+
+
+def test_another_runs_ledger_is_reused(photos, tmp_path, work) -> None:
+    run(photos, tmp_path / "one")
+    work.fetched.clear()
+    work.embedded = 0
+    reused = run(photos, tmp_path / "two", reuse_from=[str(tmp_path / "one")])
+    # Fetched once, for the packs: nothing is stored here yet.
+    assert (work.fetched, work.embedded) == ([], 0)
+    assert content(reused) == content(run(photos, tmp_path / "three"))
+    with pytest.raises(BadRequest, match="--reuse-from.*no ledger"):
+        run(photos, tmp_path / "four", reuse_from=[str(tmp_path / "none")])
+
+
+def test_limits_that_changed_are_applied_to_what_is_recalled(photos, tmp_path, work) -> None:
+    out = tmp_path / "out"
+    run(photos, out)
+    work.embedded = 0
+    largest = max(path.stat().st_size for path in photos.glob("*.jpg"))
+    options = {"max_image_bytes": largest - 1, "max_image_pixels": 128 * 96 - 1}
+    later = run(photos, out, **options)
+    assert content(later) == content(run(photos, tmp_path / "nothing", **options))
+    codes = {row["code"] for row in later.table("dead").to_pylist()}
+    assert codes == {"too_many_bytes", "too_many_pixels"}
+
+
+def test_a_reference_that_lied_is_void(photos, tmp_path, work, monkeypatch) -> None:
+    """Same size and times, other bytes, as after a disk's fault: found when the image is packed, not believed again."""
+    run(photos, tmp_path / "one")
+    path = photos / "07.jpg"
+    etag = fetch.etag_of
+    known = {path: etag(fetch.MediaRef(str(path), 0, -1)) for path in photos.glob("*.jpg")}
+    path.write_bytes(picture(70)[:-1] + b"\xd9")
+    for module in (fetch, recall):
+        monkeypatch.setattr(module, "etag_of", lambda ref: known.get(Path(ref.uri)) or etag(ref))
+    monkeypatch.setattr("transforms.write.etag_of", lambda ref: known.get(Path(ref.uri)) or etag(ref))
+    reuse = {"reuse_from": [str(tmp_path / "one")]}
+    lied = run(photos, tmp_path / "two", **reuse)
+    codes = {
+        row["name"]: row["code"] for row in lied.table("decisions").to_pylist() if row["unit"] == "image"
+    }
+    assert codes["07.jpg"] == "source_changed"
+    void = [row for row in Ledger(storage_of(str(tmp_path / "two")), RefRow).rows() if not row.image_id]
+    assert len(void) == 1
+    work.fetched.clear()
+    mended = run(photos, tmp_path / "two", **reuse)
+    assert set(work.fetched) == {"07.jpg"}
+    assert content(mended) == content(run(photos, tmp_path / "nothing"))
