@@ -8,6 +8,7 @@ from shards.errors import BadRequest
 from shards.snapshot import (
     PINS,
     Snapshot,
+    ids_of_manifests,
     manifest_path,
     open_by_id,
     read_current,
@@ -23,10 +24,14 @@ SAFE_AGE_S = 24 * 3600.0
 
 
 class Garbage(NamedTuple):
-    """What may go: files, and the snapshots among them."""
+    """What may go."""
 
     files: list[Stored]
-    snapshots: list[str]
+
+    @property
+    def snapshots(self) -> list[str]:
+        """Ids of the snapshots whose manifests are among it, sorted."""
+        return ids_of_manifests(self.files)
 
     @property
     def num_bytes(self) -> int:
@@ -53,18 +58,19 @@ def unpin(storage: Storage, name: str) -> None:
 def kept_snapshots(storage: Storage, keep: int) -> list[Snapshot]:
     """The last `keep` snapshots that were in force one after the other, and the pinned ones. Raises CorruptShard."""
     stored = set(stored_snapshots(storage))
-    wanted: dict[str, None] = {}
+    kept: dict[str, Snapshot] = {}
     snapshot_id = read_current(storage).snapshot
-    while snapshot_id in stored and len(wanted) < keep and snapshot_id not in wanted:
-        wanted[snapshot_id] = None
-        snapshot_id = open_by_id(storage, snapshot_id).manifest.base
+    while snapshot_id in stored and len(kept) < keep and snapshot_id not in kept:
+        kept[snapshot_id] = open_by_id(storage, snapshot_id)
+        snapshot_id = kept[snapshot_id].manifest.base
     for name, pinned in sorted(read_pins(storage).items()):
         if pinned not in stored:
             raise BadRequest(
                 f"pin {name} names snapshot {pinned[:12]}, which is not there; `shardmill pin --remove {name}`"
             )
-        wanted[pinned] = None
-    return [open_by_id(storage, snapshot_id) for snapshot_id in wanted]
+        if pinned not in kept:
+            kept[pinned] = open_by_id(storage, pinned)
+    return list(kept.values())
 
 
 def find_garbage(storage: Storage, keep: int = 1) -> Garbage:
@@ -78,14 +84,14 @@ def find_garbage(storage: Storage, keep: int = 1) -> Garbage:
         )
     }
     min_age_s = SAFE_AGE_S if is_remote(storage.root) else 0
-    files = [
-        file
-        for folder in COLLECTED
-        for file in storage.walk(folder)
-        if file.path not in named and file.age_s >= min_age_s
-    ]
-    manifests = {file.path for file in files}
-    return Garbage(files, [i for i in stored_snapshots(storage) if manifest_path(i) in manifests])
+    return Garbage(
+        [
+            file
+            for folder in COLLECTED
+            for file in storage.walk(folder)
+            if file.path not in named and file.age_s >= min_age_s
+        ]
+    )
 
 
 def collect(storage: Storage, garbage: Garbage) -> Iterator[Stored]:

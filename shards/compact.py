@@ -43,7 +43,7 @@ def _compact(to: Destination) -> Compacted:
     snapshot = open_by_id(storage, current.snapshot)
     if snapshot.manifest.parent:
         raise BadRequest(f"{storage.root}: snapshot {snapshot.id[:12]} is one window of a stream")
-    files = list(_canonical_packs(snapshot, to))
+    files = _canonical_packs(snapshot, to)
     manifest = snapshot.manifest._replace(
         media=[file for file in files if file.kind == "media"],
         media_index=[file for file in files if file.kind == "media_index"],

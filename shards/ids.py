@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 from shards.records import Turn
 
@@ -18,14 +18,6 @@ def canonical_json(value: Any) -> bytes:
 def digest(value: Any) -> bytes:
     """sha256 of a value's canonical JSON, 32 bytes."""
     return hashlib.sha256(canonical_json(value)).digest()
-
-
-def digest_of_stream(stream: BinaryIO) -> str:
-    """sha256 in hex of all that a stream has left."""
-    digest = hashlib.sha256()
-    while piece := stream.read(1 << 20):
-        digest.update(piece)
-    return digest.hexdigest()
 
 
 def image_id_of(encoded: bytes) -> bytes:

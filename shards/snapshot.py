@@ -7,7 +7,7 @@ names any, `OUT@NAME` a pinned one. Readers follow the manifest and never list f
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from shards.errors import BadRequest, CommitConflict, CorruptShard, RunFailed
 from shards.ids import canonical_json, digest
 from shards.packs import PackReader
 from shards.records import FATES, Sample, ShardFile
-from shards.storage import STAGING, Storage, is_remote, storage_of
+from shards.storage import STAGING, Storage, Stored, is_remote, storage_of
 from shards.tables import SCHEMAS, read_batches, read_samples
 
 FORMAT_VERSION = 2
@@ -305,9 +305,14 @@ def split_at(path: str) -> tuple[str, str | None]:
 
 def stored_snapshots(storage: Storage) -> list[str]:
     """Ids of all snapshots that have a manifest, sorted."""
+    return ids_of_manifests(storage.walk("snapshots"))
+
+
+def ids_of_manifests(files: Iterable[Stored]) -> list[str]:
+    """Ids of the snapshots whose manifests are among these files, sorted."""
     return sorted(
         found[1]
-        for file in storage.walk("snapshots")
+        for file in files
         if (found := re.fullmatch(r"snapshots/([0-9a-f]+)/manifest\.json", file.path))
     )
 

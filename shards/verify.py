@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.errors import BadData, CorruptShard
-from shards.ids import digest_of_stream
+from shards.files import sha256_of_stream
 from shards.packs import INDEX_ROW, read_index, read_pack
 from shards.records import ShardFile
 from shards.snapshot import Snapshot, snapshot_id_of
@@ -78,7 +78,7 @@ def faults_of(storage: Storage, file: ShardFile, decode: Decode | None = None) -
     try:
         count = check(storage, file)
         with storage.stream(file.path) as stream:
-            sha256 = digest_of_stream(stream)
+            sha256 = sha256_of_stream(stream)
     except CorruptShard as error:
         where = "" if error.record is None else f" in record {error.record}"
         yield Fault(file.path, f"{error.what}{where}")

@@ -8,7 +8,7 @@ from typing import Any
 from shards.ids import image_id_of, sample_id_of
 from shards.packs import PackWriter
 from shards.records import FROM_SOURCE, DeadLetter, Decision, Origin, Sample, ShardFile, Turn
-from shards.snapshot import Destination, Funnel, Manifest, commit
+from shards.snapshot import KINDS, Destination, Funnel, Manifest, commit
 from shards.tables import (
     dead_table,
     decisions_table,
@@ -63,7 +63,7 @@ def commit_made(
     """Write and commit a snapshot: images in one pack, samples dealt over `shards` shards. `fields` of the manifest win."""
     to = Destination(str(out), token)
     images = list(images)
-    kinds: dict[str, list[ShardFile]] = {kind: [] for kind in Manifest._fields[3:11]}
+    kinds: dict[str, list[ShardFile]] = {kind: [] for kind in KINDS}
 
     def add(files: Iterable[ShardFile]) -> None:
         for file in files:

@@ -12,21 +12,11 @@ import pytest
 from shards.ids import image_id_of
 from shards.packs import INDEX_ROW, read_index
 from shards.records import DeadLetter, Decision, ShardFile
-from shards.snapshot import Snapshot, open_snapshot
+from shards.snapshot import KINDS, Snapshot, open_snapshot
 from shards.verify import Fault, faults_of, verify_snapshot
 from tests.made_snapshots import a_sample, commit_made
 from tests.proof.counts import FULL, count
 
-KINDS = (
-    "media",
-    "media_index",
-    "samples",
-    "conversations",
-    "conversations_index",
-    "decisions",
-    "dead",
-    "tombstones",
-)
 PACKS = {"media", "conversations"}
 
 
