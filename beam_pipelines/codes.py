@@ -13,22 +13,66 @@ FATE_MEANINGS: Mapping[str, str] = {
 
 _DEAD_IMAGES: Mapping[str, str] = {
     "file_missing": "No file is there under its name.",
-    "not_a_file": "Its name leads to a folder, pipe or device, not to a file.",
-    "unreadable": "The operating system refused to open or read it.",
+    "not_a_file": "Its name leads to a folder, pipe or device, in an archive to a link or a file with holes, not to a file.",
+    "unreadable": "The operating system, or the service of its bucket, refused to open or read it.",
     "empty_file": "The file holds zero bytes.",
     "too_many_bytes": "The file is larger than --max-image-bytes.",
     "unknown_format": "Its bytes are of no image format that is read, whatever its name says.",
     "too_many_pixels": "It declares more pixels than --max-image-pixels; none was decoded.",
     "truncated": "The file ends before the image does.",
     "decode_failed": "The file starts as an image, and its pixels cannot be decoded.",
+    "decoder_crashed": "Decoding it ended the process that did, each time it was tried alone.",
+    "decoder_timeout": "Decoding it took more CPU time than one image may.",
+    "decoder_memory": "Decoding it needed more memory than one image may.",
+    "no_image": "The record, row or list names an image there, and holds no bytes of one.",
     "source_changed": "It was read once, and was gone or held other bytes when it was read again.",
+    "bad_url": "The url is not http or https, or is not written as one host and a path.",
+    "address_blocked": "The url leads to an address or port that is not public, and is not asked for without --allow-private.",
+    "robots_noai": "The server says by X-Robots-Tag that the image is not for training.",
+    "http_gone": "The server says that nothing is there, or no longer.",
+    "http_forbidden": "The server does not give it to everybody.",
+    "http_refused": "The server answered with neither the image nor a failure that may pass.",
+    "http_failed": "The server failed or was too busy, each time it was asked.",
+    "http_timeout": "The server did not give the whole image in time, each time it was asked.",
+    "http_truncated": "The connection ended before the image did, each time it was asked for.",
+    "http_unreachable": "The host has no address, took no connection, or has no valid certificate.",
+    "too_many_redirects": "The url leads on to another too many times.",
+    "hash_mismatch": "Its bytes are not those whose SHA-256 the source gives.",
+}
+
+_FILTERED_IMAGES: Mapping[str, str] = {
+    "few_bytes": "Its file is smaller than --min-image-bytes.",
+    "small_side": "Its shorter side has fewer pixels than --min-side.",
+    "few_pixels": "It has fewer pixels than --min-pixels.",
+    "extreme_aspect": "Its longer side is more than --max-aspect times the shorter one.",
+    "near_blank": "A larger fraction of it than --max-flat has one tone.",
+    "low_entropy": "The entropy of its luma is below --min-entropy.",
+    "blurred": "Its sharpness is below --min-sharpness.",
+    "filter_expression": "A --filter is not true of it.",
+    "filter_error": "A --filter cannot be computed for it, as where it divides by zero.",
+    "benchmark_bytes": "It has the same bytes as an image of a benchmark.",
+    "benchmark_cosine": "Its embedding is close to that of a benchmark's image, at or above --cosine; not verified as a copy.",
+    "benchmark_cosine_verified": "Its embedding is close to that of a benchmark's image, and it is verified as a copy.",
+    "benchmark_phash": "Its 64-bit perceptual hash is close to that of a benchmark's image, within --phash-bits; not verified as a copy.",
+    "benchmark_phash_verified": "Its 64-bit perceptual hash is close to that of a benchmark's image, and it is verified as a copy.",
+}
+
+_BAD_PARQUET: Mapping[str, str] = {
+    "bad_parquet": "The file is no Parquet, or its footer is cut or damaged.",
+    "bad_row_group": "The bytes of a row group are damaged; what of it had been read and the other row groups are there.",
+    "bad_schema": "The Parquet file has no column of images, urls or conversations, or not the one asked for.",
 }
 
 CODES: Mapping[str, str] = {
     "kept": "It is in the shards.",
-    "bad_json": "The line, or the whole file, is not JSON.",
-    "bad_record": "The record is JSON and no sample: a field is missing or of another type, or an image lies outside the image root.",
+    "bad_json": "The line, the field, or the whole file, is not JSON.",
+    "bad_record": "The record can be read and is no sample: a field is missing, too large or of another type, or an image lies outside the image root.",
+    "corrupt_record": "A checksum of the record, or of a header in its archive, does not fit: these are not the bytes that were written.",
+    "truncated_archive": "The file ends, or can be followed no further, before its records do; those before were read.",
+    "bad_compression": "The file is compressed, and its bytes cannot be decompressed to the end.",
+    **_BAD_PARQUET,
     **_DEAD_IMAGES,
+    **_FILTERED_IMAGES,
     "same_bytes": "Another reference leads to the same bytes.",
     "near_cosine": "Its embedding is close to that of a kept image, at or above --cosine.",
     "near_phash": "Its 64-bit perceptual hash is close to that of a kept image, within --phash-bits.",
@@ -36,6 +80,10 @@ CODES: Mapping[str, str] = {
     "image_duplicate": "One of its images is a duplicate, and the kept image has other pixels or --on-duplicate is drop.",
     "same_sample": "Another sample has the same images and the same conversation.",
     **{f"image_{code}": f"One of its images is dead. {meaning}" for code, meaning in _DEAD_IMAGES.items()},
+    **{
+        f"image_{code}": f"One of its images is filtered. {meaning}"
+        for code, meaning in _FILTERED_IMAGES.items()
+    },
     "vlm_timeout": "The model gave no answer in time, each time it was asked.",
     "vlm_unreachable": "The connection to the model failed, each time it was tried.",
     "vlm_rate_limited": "The server said that it was asked too often, each time.",
@@ -55,13 +103,43 @@ def meaning_of(code: str) -> str:
     return CODES.get(code, "This version of Shardmill has no description of this code.")
 
 
+_PHASH, _COSINE = "pHash {0:.0f} of 64 bits ≤ {1:.0f}", "cosine {0:.3f} ≥ {1:g}"
+_COMPARISONS: Mapping[str, str] = {
+    "near_phash": _PHASH,
+    "near_cosine": _COSINE,
+    "benchmark_phash": _PHASH,
+    "benchmark_phash_verified": _PHASH,
+    "benchmark_cosine": _COSINE,
+    "benchmark_cosine_verified": _COSINE,
+    "few_bytes": "{0:,.0f} bytes < {1:,.0f}",
+    "small_side": "shorter side {0:,.0f} px < {1:,.0f}",
+    "few_pixels": "{0:,.0f} pixels < {1:,.0f}",
+    "extreme_aspect": "aspect {0:.3f} > {1:g}",
+    "near_blank": "flat {0:.6g} > {1:g}",
+    "low_entropy": "entropy {0:.3f} bits < {1:g}",
+    "blurred": "sharpness {0:.3f} < {1:g}",
+}
+
+
 def decided_text(code: str, score: float | None, threshold: float | None) -> str:
     """The comparison that decided, as `cosine 0.973 ≥ 0.85`; empty where no number did."""
     if score is None or threshold is None:
         return ""
-    if code == "near_phash":
-        return f"pHash {score:.0f} of 64 bits ≤ {threshold:.0f}"
-    return f"cosine {score:.3f} ≥ {threshold:g}"
+    return _COMPARISONS.get(code, "").format(score, threshold)
+
+
+def is_contact(row: Mapping[str, Any]) -> bool:
+    """Whether a decision row is about an image that is like one of a benchmark."""
+    return bool(row["unit"] == "image" and row["code"].startswith("benchmark_"))
+
+
+def contact_text(row: Mapping[str, Any]) -> str:
+    """What a decontaminated image was like, as `like image 1f0c6a3b9d2e of benchmark mmmu: cosine 0.930 ≥ 0.85, verified as a copy`."""
+    benchmark = row["stage"].partition(":")[2]
+    compared = decided_text(row["code"], row["score"], row["threshold"]) or "the same bytes"
+    verified = ", verified as a copy" if row["code"].endswith("_verified") else ""
+    unverified = ", not verified as a copy" if row["score"] is not None and not verified else ""
+    return f"like image {row['other_id'][:12]} of benchmark {benchmark}: {compared}{verified}{unverified}"
 
 
 def verified_text(options: Mapping[str, Any]) -> str:

@@ -3,76 +3,37 @@
 import contextlib
 import functools
 import sys
-import uuid
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions
 from rich.console import Console
 
-from beam_pipelines.launch import ProgressReport, beam_options, is_local, run_pipeline
+from beam_pipelines.embed_references import EmbedReferences
+from beam_pipelines.launch import ProgressReport, run_pipeline
 from beam_pipelines.options import CurateOptions
-from beam_pipelines.sources import check_output, count_gone, find_sources, image_origins
-from embeddings.duplicates import MAX_IMAGES, DuplicateRule
-from embeddings.encoder import Encoder, EncoderSpec, load_encoder
-from images.decode import DECODER, Limits
+from beam_pipelines.prepare import Job, error_rates, filter_rule, limits_of, plan_text, prepare
+from beam_pipelines.request import keep_request
+from embeddings.contamination import ContaminationRule
+from embeddings.duplicates import DuplicateRule
+from embeddings.encoder import Encoder
+from images.sources.source import Source
 from shards.errors import BadRequest
-from shards.ledger import ImageRow, Ledger, RefRow
-from shards.snapshot import Destination, Snapshot, StoredPack, open_by_id, open_snapshot, read_current
-from shards.storage import rooted, storage_of
-from synthesis.client import ChatClient, probe
-from synthesis.planner import LookupPlanner
-from synthesis.prompts import load_prompt_pair
-from transforms.commit import Commit, RunFacts
+from shards.ledger import note_url_epoch
+from shards.snapshot import Snapshot, open_snapshot
+from transforms.commit import Commit
+from transforms.decontaminate import Decontaminate, Decontaminated
 from transforms.deduplicate import CollapseSameBytes, FindNearDuplicates
-from transforms.embed import DistinctReferences, EmbedImages
+from transforms.embed import DistinctReferences, Reading
+from transforms.filter import FilterImages
+from transforms.limit import LimitErrors
 from transforms.plan import PlanInstructions
-from transforms.read import ReadSamples, Source
-from transforms.recall import Memory, RecallImages
-from transforms.resolve import JudgeImages, NameImages, ResolveSamples, fate_of_dead
+from transforms.read import ReadSamples
+from transforms.resolve import JudgeImages, NameImages, ResolveSamples, fate_of_unused
 from transforms.settle import SettleImages, SettleSamples
 from transforms.stored import KeepPacks, ReadStored
-from transforms.synthesise import Backend, Synthesise
+from transforms.synthesise import Synthesise
 from transforms.tag import TagImages
 from transforms.write import CountShards, WriteMedia, WriteRows
-
-MAX_GONE = 0.1
-"""Fraction of an earlier run's images that may be missing from a run's input before `--replace` is asked for."""
-
-
-class Synthesis(NamedTuple):
-    """How conversations are made: by whom, and of which type."""
-
-    backend: Backend
-    planner: LookupPlanner
-
-
-class Job(NamedTuple):
-    """A request that was found good: all that `build` needs."""
-
-    options: CurateOptions
-    sources: Sequence[Source]
-    encoder: EncoderSpec
-    to: Destination
-    facts: RunFacts
-    synthesis: Synthesis | None
-    memory: Memory
-    stored: Sequence[StoredPack]
-    progress: str
-
-
-class Prepared(NamedTuple):
-    """A checked request, and what was loaded to check it.
-
-    `images` counts distinct references, `gone` those of the snapshot in force that are not in this input.
-    """
-
-    job: Job
-    model: Encoder
-    pipeline_options: PipelineOptions
-    images: int
-    gone: int
 
 
 def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.PCollection[str]:
@@ -81,32 +42,43 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
     Every reference and every sample that is read gets exactly one decision row on its way; `Commit` counts them.
     """
     options = job.options
-    limits = limits_of(options)
     rule = DuplicateRule(options.dedup_mode, options.cosine, options.phash_bits, options.structure)
 
+    limit = LimitErrors(error_rates(options))
+    code_of = beam.Map(lambda row: row.code).with_output_types(str)
+
     read = sources | "ReadSamples" >> ReadSamples(options.limit, options.seed)
+    sample_inputs = (read.main, read.decisions) | "SampleInputs" >> beam.Flatten()
+    taken = {
+        "through": read.main,
+        "failures": read.decisions | "CodesOfRead" >> code_of,
+        "inputs": sample_inputs,
+    } | "LimitUnreadable" >> limit
     references = (
-        read.main
+        taken
         | "ImagesOfSamples" >> beam.FlatMap(lambda sample: sample.images)
         | "DistinctReferences" >> DistinctReferences()
     )
-    recalled = references | "RecallImages" >> RecallImages(job.memory, limits, job.to, job.progress)
-    fresh = recalled.unknown | "EmbedImages" >> EmbedImages(
-        job.encoder, model.fingerprint, model.geometry, model.images_at_once, limits, job.to, job.progress
-    )
-    embedded = (recalled.images, fresh.main) | "Embedded" >> beam.Flatten()
-    undecodable = (recalled.decisions, fresh.decisions) | "Undecodable" >> beam.Flatten()
-    images, same_bytes = embedded | "CollapseSameBytes" >> CollapseSameBytes()
+    looked_at = references | "EmbedReferences" >> _embed_references(job, model)
+    embedded = {
+        "through": looked_at.main,
+        "failures": looked_at.decisions | "CodesOfUnusable" >> code_of,
+        "inputs": references,
+    } | "LimitUnusable" >> limit
+    meets_rule, filtered = embedded | "FilterImages" >> FilterImages(filter_rule(options))
+    wanted, contaminated, benchmarks = _decontaminate(meets_rule, job, model)
+    images, same_bytes = wanted | "CollapseSameBytes" >> CollapseSameBytes()
     verdicts = images | "FindNearDuplicates" >> FindNearDuplicates(rule)
     tagged = images | "TagImages" >> TagImages(model.class_names, options.tag_min_score, options.max_tags)
     fates, kept, near = {
-        "embedded": embedded,
+        "embedded": wanted,
         "tagged": tagged,
         "verdicts": verdicts,
     } | "JudgeImages" >> JudgeImages()
 
-    dead_fates = undecodable | "DeadImages" >> beam.Map(fate_of_dead)
-    all_fates = (fates, dead_fates) | "AllFates" >> beam.Flatten()
+    unused = (looked_at.decisions, filtered, contaminated) | "Unused" >> beam.Flatten()
+    unused_fates = unused | "UnusedImages" >> beam.Map(fate_of_unused)
+    all_fates = (fates, unused_fates) | "AllFates" >> beam.Flatten()
     collected, unresolved = {"samples": read.main, "fates": all_fates} | "ResolveSamples" >> ResolveSamples(
         options.on_duplicate, options.on_missing_image
     )
@@ -116,10 +88,15 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
     max_shard_bytes = int(options.max_shard_size)
     num_packs = new | "CountPacks" >> CountShards(max_shard_bytes)
     media, void = {"images": new, "num_shards": num_packs} | "WriteMedia" >> WriteMedia(
-        job.to, limits.max_bytes, max_shard_bytes
+        job.to, job.reach, max_shard_bytes
     )
     void_ids = void | "VoidIds" >> beam.Map(lambda letter: letter.id)
-    written, failed_calls = _synthesise(named, job)
+    made, failed_calls = _synthesise(named, job)
+    written = {
+        "through": made,
+        "failures": failed_calls | "CodesOfCalls" >> code_of,
+        "inputs": (made, failed_calls) | "Calls" >> beam.Flatten(),
+    } | "LimitFailedCalls" >> limit
     samples = (collected, written) | "AllSamples" >> beam.Flatten()
     settled = {"samples": samples, "void": void_ids} | "SettleSamples" >> SettleSamples(
         options.on_missing_image
@@ -137,7 +114,7 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
 
     decisions = (
         read.decisions,
-        undecodable,
+        unused,
         same_bytes,
         near,
         unresolved,
@@ -146,8 +123,7 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
     ) | "AllDecisions" >> beam.Flatten()
     dead = (
         read.dead,
-        recalled.dead,
-        fresh.dead,
+        looked_at.dead,
         void,
         failed_calls,
         settled.dead,
@@ -164,12 +140,45 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
         "decisions": decisions,
         "dead": dead,
         "images": references,
-        "samples": (read.main, read.decisions) | "SampleInputs" >> beam.Flatten(),
+        "samples": sample_inputs,
         "live": live,
         "synthesised": settled.main
         | "Synthesised" >> beam.Filter(lambda s: s.provenance.generator != "source"),
         "encoders": embedded | "Encoders" >> beam.Map(lambda image: f"{image.encoder} {image.numerics}"),
+        "benchmarks": benchmarks,
     } | "Commit" >> Commit(job.to, job.facts)
+
+
+def _embed_references(job: Job, model: Encoder) -> EmbedReferences:
+    options = job.options
+    reading = Reading(
+        job.reach, limits_of(options), model.geometry, model.images_at_once, job.decoders, options.decode
+    )
+    return EmbedReferences(job.encoder, job.memory, reading, job.to, job.progress)
+
+
+def _decontaminate(images: beam.PCollection, job: Job, model: Encoder) -> Decontaminated:
+    """All images where no benchmark is to be protected. Protected images are no input: they are in no funnel and no output."""
+    if not job.benchmarks:
+        nothing = images.pipeline | "NoBenchmarks" >> beam.Create([])
+        return Decontaminated(images, nothing, nothing)
+    read = images.pipeline | "Benchmarks" >> beam.Create(job.benchmarks) | "ReadBenchmarks" >> ReadSamples()
+    looked_at = (
+        read.main
+        | "ProtectedImages" >> beam.FlatMap(lambda sample: sample.images)
+        | "ProtectedReferences" >> DistinctReferences()
+        | "EmbedProtected" >> _embed_references(job, model)
+    )
+    options = job.options
+    rule = ContaminationRule(
+        options.decontaminate_mode == "copies", options.cosine, options.phash_bits, options.structure
+    )
+    names = sorted({source.name for source in job.benchmarks})
+    return {
+        "images": images,
+        "protected": looked_at.main,
+        "unreadable": (read.dead, looked_at.dead) | "Unreadable" >> beam.Flatten(),
+    } | "Decontaminate" >> Decontaminate(names, rule)
 
 
 def _synthesise(named: beam.PCollection, job: Job) -> tuple[beam.PCollection, beam.PCollection]:
@@ -181,82 +190,6 @@ def _synthesise(named: beam.PCollection, job: Job) -> tuple[beam.PCollection, be
     return planned | "Synthesise" >> Synthesise(job.synthesis.backend, job.progress)
 
 
-def limits_of(options: CurateOptions) -> Limits:
-    """Caps on one image."""
-    return Limits(int(options.max_image_bytes), options.max_image_pixels)
-
-
-def prepare_synthesis(options: CurateOptions) -> Synthesis | None:
-    """Probe the endpoint, if there is one. Raises BadRequest where it cannot be used as asked."""
-    if not options.vlm_base_url:
-        return None
-    with ChatClient(
-        options.vlm_base_url,
-        options.vlm_model,
-        api_key_env=options.vlm_api_key_env,
-        timeout_s=options.vlm_timeout_s,
-    ) as client:
-        found = probe(client, options.allow_text_only)
-    backend = Backend(
-        client.with_model(found.model),
-        load_prompt_pair(found.sees_images),
-        options.vlm_max_pixels if found.sees_images else None,
-        limits_of(options),
-        options.vlm_concurrency,
-    )
-    return Synthesis(backend, LookupPlanner())
-
-
-def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
-    """Check a whole request before anything is written. Raises BadRequest."""
-    sources = find_sources(options.input, options.image_root)
-    check_output(options.output, sources)
-    origins = image_origins(sources, options.limit, options.seed)
-    if len(origins) > MAX_IMAGES:
-        raise BadRequest(
-            f"--input: {len(origins)} images, this version compares at most {MAX_IMAGES}; --limit N takes a sample"
-        )
-    pipeline_options = beam_options(beam_args, options.workers)
-    to = Destination(rooted(options.output), uuid.uuid4().hex)
-    base_id = read_current(to.storage).snapshot
-    base = open_by_id(to.storage, base_id) if base_id else None
-    gone, before = count_gone(base, origins) if base else (0, 0)
-    if gone > MAX_GONE * before and not options.replace:
-        raise BadRequest(
-            f"--output {options.output}: {gone} of {before} images of the snapshot there are not in this input, which is to be"
-            " the whole input; --replace if that is meant"
-        )
-    spec = EncoderSpec(options.encoder, options.encoder_weights, options.device, options.batch_size)
-    model = load_encoder(spec)
-    synthesis = prepare_synthesis(options)
-    stored = base.stored_packs() if base else []
-    memory = recall_from(to, options, model)
-    affecting = options.affecting_bytes() | {
-        "encoder_weights": model.weights_sha256,
-        "batch_size": model.batch_size,
-    }
-    if synthesis is not None:
-        affecting["vlm_model"] = synthesis.backend.client.model
-    metrics = {"sources": [source._asdict() for source in sources], "images": len(origins)}
-    facts = RunFacts(base_id, affecting, metrics)
-    progress = str(to.storage.scratch_path(to.token) / "progress") if is_local(pipeline_options) else ""
-    job = Job(options, sources, spec, to, facts, synthesis, memory, stored, progress)
-    return Prepared(job, model, pipeline_options, len(origins), gone)
-
-
-def recall_from(to: Destination, options: CurateOptions, model: Encoder) -> Memory:
-    """The ledgers that this run may recall from: its own folder's, and those of `--reuse-from`."""
-    storages = [to.storage]
-    for other in options.reuse_from:
-        storage = storage_of(rooted(other))
-        if not any(True for _ in storage.walk("ledger")):
-            raise BadRequest(f"--reuse-from {other}: no ledger there; give the --output of an earlier run")
-        storages.append(storage)
-    refs = [segment for storage in storages for segment in Ledger(storage, RefRow).segments()]
-    images = [segment for storage in storages for segment in Ledger(storage, ImageRow).segments()]
-    return Memory(refs, images, DECODER, model.fingerprint, model.numerics, not options.verify_refs)
-
-
 def curate(
     options: CurateOptions, beam_args: Sequence[str] = (), console: Console | None = None
 ) -> Snapshot | None:
@@ -265,8 +198,9 @@ def curate(
     Raises BadRequest before anything is written, RunFailed where the run broke off; what stood before then still stands.
     """
     console = console or Console(stderr=True)
-    job, model, pipeline_options, images, gone = prepare(options, beam_args)
-    plan = _plan_text(job, images, gone)
+    prepared = prepare(options, beam_args)
+    job, model, pipeline_options = prepared.job, prepared.model, prepared.pipeline_options
+    plan = plan_text(prepared)
     if options.dry_run:
         console.print(plan, highlight=False, soft_wrap=True)
         return None
@@ -281,7 +215,10 @@ def curate(
         except OSError as error:
             raise BadRequest(f"--output {options.output}: cannot be written ({error.strerror})") from error
         run.callback(storage.discard, token)
+        keep_request(storage, options, beam_args)
+        note_url_epoch(storage, job.reach.epoch)
         console.print(plan, highlight=False, soft_wrap=True)
+        images = prepared.images + sum(prepared.protected.values())
         totals = {"images": images, "conversations": options.max_samples}
         run.enter_context(ProgressReport(console, job.progress, totals))
         counters = run_pipeline(construct, pipeline_options, functools.partial(storage.discard, token))
@@ -289,16 +226,6 @@ def curate(
     if known:
         console.print(f"{known} images known from the ledger, {new} embedded now", highlight=False)
     return open_snapshot(job.to.out)
-
-
-def _plan_text(job: Job, images: int, gone: int) -> str:
-    inputs = ", ".join(f"{source.path} ({source.format})" for source in job.sources)
-    synthesis = "none (no --vlm-base-url)"
-    if job.synthesis is not None:
-        sight = "sends images" if job.synthesis.backend.max_pixels else "text only: tags and captions"
-        synthesis = f"{job.synthesis.backend.client.model}, {sight}"
-    less = f"; {gone} of the snapshot in force are not among them" if gone else ""
-    return f"{images} images from {inputs}{less}\nencoder {job.encoder.name} on {job.encoder.device}; synthesis: {synthesis}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

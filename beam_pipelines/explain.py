@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_pipelines.codes import decided_text, meaning_of, verified_text
+from beam_pipelines.codes import contact_text, decided_text, is_contact, meaning_of, verified_text
 from beam_pipelines.wording import one_line, sample_title
 from shards.errors import BadRequest
 from shards.snapshot import Snapshot
@@ -134,7 +134,7 @@ def _samples_beside(snapshot: Snapshot, images: Sequence[Row], samples: Sequence
     """Decisions on samples that are tied to the images without being listed in the samples table.
 
     Those that said the same as a sample about them, those that fell with an image as it was written, and, of images that are not
-    kept, the samples that image files are themselves.
+    kept, the samples that image files are themselves and those that were filtered with them.
     """
     ids = {row["id"] for row in images}
     said = {row["sample_id"] for row in samples}
@@ -142,7 +142,10 @@ def _samples_beside(snapshot: Snapshot, images: Sequence[Row], samples: Sequence
 
     def beside(table: pa.Table) -> pa.Array:
         same = pc.and_(pc.equal(table["code"], "same_sample"), _is_in(table["other_id"], said))
-        fell = pc.and_(pc.equal(table["code"], "image_source_changed"), _is_in(table["other_id"], ids))
+        with_image = pc.or_(
+            pc.equal(table["code"], "image_source_changed"), pc.equal(table["fate"], "filtered")
+        )
+        fell = pc.and_(with_image, _is_in(table["other_id"], ids))
         file = _is_in(pc.binary_join_element_wise(table["source"], table["name"], "\0"), files)
         return pc.and_(pc.equal(table["unit"], "sample"), pc.or_(pc.or_(same, fell), file))
 
@@ -171,7 +174,7 @@ def _failed_calls(table: pa.Table, image_ids: Iterable[str]) -> pa.Array:
 
 
 def _titles_of(snapshot: Snapshot, ids: Collection[str]) -> dict[str, str]:
-    """Names of the images and samples that others gave way to."""
+    """Names of the images and samples that others gave way to, or fell with."""
     if not ids:
         return {}
 
@@ -179,7 +182,9 @@ def _titles_of(snapshot: Snapshot, ids: Collection[str]) -> dict[str, str]:
         return pc.and_(_is_in(table["id"], ids), pc.not_equal(table["fate"], "duplicate"))
 
     columns = ("unit", "fate", "id", "name", "offset")
-    return {row["id"]: _title(row) for row in _find(snapshot, "decisions", columns, standing).rows}
+    rows = _find(snapshot, "decisions", columns, standing).rows
+    # One reference to an image may be filtered, and another one kept.
+    return {row["id"]: _title(row) for row in sorted(rows, key=lambda row: row["fate"] == "kept")}
 
 
 # Sentences.
@@ -208,8 +213,16 @@ def _decision_line(row: Row, titles: Mapping[str, str], options: Mapping[str, An
     if row["fate"] == "kept":
         return f"{subject}: kept."
     meaning = meaning_of(row["code"])
+    if is_contact(row):
+        return f"{subject}: filtered, {contact_text(row)}."
+    if row["fate"] == "filtered" and row["other_id"]:
+        return f"{subject}: filtered because of {_keeper_of(row, titles)}, {row['code']}. {meaning}"
     if row["fate"] != "duplicate":
-        return f"{subject}: {row['fate']} at stage {row['stage']}, {row['code']}. {meaning}"
+        compared = decided_text(row["code"], row["score"], row["threshold"])
+        if row["code"] in ("filter_expression", "filter_error"):
+            compared = "; ".join(f"--filter {text!r}" for text in options.get("filter", ()))
+        because = f", {compared}" if compared else ""
+        return f"{subject}: {row['fate']} at stage {row['stage']}, {row['code']}{because}. {meaning}"
     keeper = _keeper_of(row, titles)
     if _is_near(row):
         decided = decided_text(row["code"], row["score"], row["threshold"])
@@ -237,11 +250,14 @@ def _unrecorded_lines(
 ) -> Iterator[str]:
     """For each image that is not kept: what a snapshot cannot say of the samples that named it.
 
-    Nothing where the sample is the image file itself: that one is among the rows.
+    Nothing where the sample is the image file itself, or was filtered with the image: that one is among the rows.
     """
-    files = {(row["source"], row["name"]) for row in rows if row["unit"] == "sample"}
+    samples = [row for row in rows if row["unit"] == "sample"]
+    files, fell_with = {(row["source"], row["name"]) for row in samples}, {row["other_id"] for row in samples}
     for row in images:
         if (row["source"], row["name"]) in files or row["code"] in ("kept", "same_bytes"):
+            continue
+        if row["fate"] == "filtered" and row["id"] in fell_with:
             continue
         unknown = f"not recorded: which samples of the input named {_title(row)}."
         if not _is_near(row):

@@ -48,6 +48,11 @@ def funnel_text(manifest: Manifest) -> str:
             if row.unit == unit and row.fate != "kept":
                 counts[row.code] += row.items
         lines += _lost_lines(f"{title} not kept:", counts)
+    for name, benchmark in manifest.decontaminated.items():
+        like = plural(benchmark["candidates"], "image") + " like one"
+        lines.append(
+            f"benchmark {name}: {benchmark['protected']:,} protected, {like}, {benchmark['verified']:,} verified"
+        )
     lines.append(f"synthesised: {plural(manifest.synthesised, 'sample') if manifest.synthesised else 'none'}")
     return "\n".join(lines)
 

@@ -15,7 +15,7 @@ from beam_pipelines.thumbnails import Pictures, Thumbnail
 from shards.snapshot import Snapshot
 
 MAX_GROUPS, MAX_LOSERS = 40, 5
-_COLUMNS = ("unit", "fate", "id", "code", "source", "name", "score", "threshold", "other_id")
+_COLUMNS = ("unit", "fate", "id", "stage", "code", "source", "name", "score", "threshold", "other_id")
 
 
 class Loser(NamedTuple):
@@ -87,6 +87,8 @@ def _rows_of_groups(snapshot: Snapshot, keepers: pa.Array) -> dict[str, _Rows]:
     for table in snapshot.batches("decisions", _COLUMNS):
         named = pc.or_(pc.is_in(table["other_id"], keepers), pc.is_in(table["id"], keepers))
         for row in table.filter(pc.and_(pc.equal(table["unit"], "image"), named)).to_pylist():
+            if row["stage"] == "filter":
+                continue  # another reference to the same bytes may be the keeper
             if row["fate"] != "duplicate":
                 groups[row["id"]].keeper = row
                 continue

@@ -25,14 +25,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from shards.errors import BadRequest, RunFailed, ShardmillError
+from shards.errors import AbortedByLimit, BadRequest, RunFailed, ShardmillError
 from transforms.progress import counts
 
 LOCAL_RUNNERS = ("FnApiRunner", "DirectRunner", "BundleBasedDirectRunner")
 _PLAIN_EVERY_S = 10.0
 _CLEAN_UP_S = 10.0
 _OWN_ERROR = re.compile(
-    r"^(?:shards\.errors\.)?(?:RunFailed|CommitConflict|CorruptShard|BadRequest): (.*)$", re.MULTILINE
+    r"^(?:shards\.errors\.)?(RunFailed|CommitConflict|CorruptShard|BadRequest|AbortedByLimit): (.*)$",
+    re.MULTILINE,
 )
 
 
@@ -68,7 +69,7 @@ def run_pipeline(
 
     Ctrl-C and SIGTERM end the process here and now with exit code 130, after `on_interrupt`, and its worker processes with it: a
     KeyboardInterrupt would surface inside some stage, where Beam turns it into a failed bundle. Raises RunFailed where a stage
-    raised.
+    raised, AbortedByLimit where one found too many failures.
     """
     logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # what ends a run is raised, and printed once
     with _interruptible(on_interrupt):
@@ -79,17 +80,23 @@ def run_pipeline(
             result.wait_until_finish()
             counters = result.metrics().query()["counters"]
         except ShardmillError as error:
-            raise RunFailed(str(error).split(" [while running")[0]) from None
+            raise _as_ended(type(error).__name__, str(error)) from None
         # Whatever a stage raised, and runners raise it as itself, as RuntimeError or as text: the run has failed.
         except Exception as error:
             own = _OWN_ERROR.search(str(error))
             if own:
-                raise RunFailed(own[1].split(" [while running")[0]) from None
+                raise _as_ended(own[1], own[2]) from None
             raise RunFailed(str(error).strip().splitlines()[-1] or type(error).__name__) from error
     totals: Counter[str] = Counter()
     for counter in counters:
         totals[f"{counter.key.metric.namespace}/{counter.key.metric.name}"] += counter.committed or 0
     return dict(totals)
+
+
+def _as_ended(kind: str, message: str) -> ShardmillError:
+    """What a run ended with, from the name and the words of what a stage raised."""
+    ended = AbortedByLimit if kind == AbortedByLimit.__name__ else RunFailed
+    return ended(message.split(" [while running")[0])
 
 
 @contextlib.contextmanager

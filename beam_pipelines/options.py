@@ -20,6 +20,29 @@ def option(default: Any, description: str, *, affects_bytes: bool, group: str, *
     return Field(default, description=description, json_schema_extra=extra, **constraints)
 
 
+SourceFormat = Literal["auto", "files", "webdataset", "parquet", "llava", "tfrecord", "urls"]
+
+
+class SourceOptions(BaseModel):
+    """One entry of `sources:` in the YAML: an input with what holds for its records, where they do not say otherwise."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    path: str = Field(min_length=1, description="What `--input` takes.")
+    name: str = Field(default="", description="Name of the source in decisions. Default: `inputN`.")
+    format: SourceFormat = Field(default="auto", description="As `--source-format`.")
+    image_root: str = Field(default="", description="As `--image-root`.")
+    columns: dict[str, str] = Field(
+        default={}, description="Which field holds what, as `{image: picture, caption: alt}`."
+    )
+    priority: int | None = Field(
+        default=None, description="Rank; lower is preferred. Default: the order of the entries."
+    )
+    weight: float = Field(default=1.0, ge=0, description="How much its samples count in a mixture.")
+    license: str = Field(default="", description="License of its records.")
+    language: str = Field(default="", description="Language of its records.")
+
+
 class CurateOptions(BaseModel):
     """Everything that `shardmill curate` can be told."""
 
@@ -27,14 +50,26 @@ class CurateOptions(BaseModel):
 
     input: list[str] = option(
         [],
-        "Folder, glob, image file, or LLaVA .json/.jsonl. Repeatable; earlier ones rank higher. NAME=PATH names a source.",
+        "Folder, glob (braces too), image, .tar, .parquet, .tfrecord, LLaVA .json/.jsonl or list of urls, here or at gs:// or s3://."
+        " Repeatable; earlier ones rank higher. NAME=PATH names a source.",
         affects_bytes=False,
         group="Input and output",
-        min_length=1,
+    )
+    sources: list[SourceOptions] = option(
+        [],
+        "In the YAML only: inputs with a format, columns, priority, weight, license and language each. See docs/sources.md.",
+        affects_bytes=False,
+        group="Input and output",
+    )
+    source_format: SourceFormat = option(
+        "auto",
+        "What every input is: image files, WebDataset tars, Parquet, LLaVA JSON, TFRecord, lists of urls. auto: by what is found.",
+        affects_bytes=False,
+        group="Input and output",
     )
     image_root: str = option(
         "",
-        "Folder that image names in LLaVA JSON are relative to. Default: the JSON's own folder.",
+        "Folder, here or at gs://, s3:// or https://, that image names in records are relative to. Default: the records' own folder.",
         affects_bytes=False,
         group="Input and output",
     )
@@ -72,6 +107,12 @@ class CurateOptions(BaseModel):
         affects_bytes=False,
         group="Input and output",
     )
+    refetch: bool = option(
+        False,
+        "Download every url anew, instead of taking one that was downloaded before for unchanged.",
+        affects_bytes=False,
+        group="Input and output",
+    )
     verify_refs: bool = option(
         False,
         "Read and hash every file, instead of taking one whose size and times have not changed for unchanged.",
@@ -95,11 +136,127 @@ class CurateOptions(BaseModel):
         group="Decoding",
         ge=1,
     )
+    max_side: int = option(
+        0,
+        "Make images smaller whose longer side has more pixels, encoded anew; 0 keeps every size.",
+        affects_bytes=True,
+        group="Decoding",
+        ge=0,
+    )
+    strip_metadata: bool = option(
+        False,
+        "Cut EXIF, XMP, IPTC, comments and texts out of images; pixels, orientation and colour profile stay.",
+        affects_bytes=True,
+        group="Decoding",
+    )
+    max_error_rate: list[str] = option(
+        [],
+        "CODE=FRACTION: end with exit code 3 where more inputs fail so; `any` for all codes together. Repeatable.",
+        affects_bytes=False,
+        group="Decoding",
+    )
+    decode: Literal["exact", "fast"] = option(
+        "exact",
+        "fast: of JPEGs over 8 times the encoder's input only 1/2 to 1/8 of the size is decoded; other hashes, other bits.",
+        affects_bytes=True,
+        group="Decoding",
+    )
     on_missing_image: Literal["drop", "fail"] = option(
         "drop",
         "What a dead image does: drop the samples that name it, or fail the run.",
         affects_bytes=True,
         group="Decoding",
+    )
+
+    min_image_bytes: ByteSize | None = option(
+        None, "Filter images whose file is smaller.", affects_bytes=True, group="Filters", ge=1
+    )
+    min_side: int | None = option(
+        None, "Filter images whose shorter side has fewer pixels.", affects_bytes=True, group="Filters", ge=1
+    )
+    min_pixels: int | None = option(
+        None, "Filter images of fewer pixels.", affects_bytes=True, group="Filters", ge=1
+    )
+    max_aspect: float | None = option(
+        None,
+        "Filter images whose longer side is more than X times the shorter one.",
+        affects_bytes=True,
+        group="Filters",
+        ge=1,
+    )
+    max_flat: float | None = option(
+        None,
+        "Filter images of which a larger fraction has one tone (16 neighbouring luma levels): blank ones.",
+        affects_bytes=True,
+        group="Filters",
+        ge=0,
+        le=1,
+    )
+    min_entropy: float | None = option(
+        None,
+        "Filter images whose luma histogram has a lower entropy, in bits.",
+        affects_bytes=True,
+        group="Filters",
+        ge=0,
+        le=8,
+    )
+    min_sharpness: float | None = option(
+        None,
+        "Filter images of a lower variance of the Laplacian at about 256 pixels: blurred ones.",
+        affects_bytes=True,
+        group="Filters",
+        ge=0,
+    )
+    filter: list[str] = option(
+        [],
+        "Keep images for which this is true, as `side >= 256 and aspect < 3`; docs/filters.md lists the columns. Repeatable.",
+        affects_bytes=True,
+        group="Filters",
+    )
+
+    allow_private: bool = option(
+        False,
+        "Ask for urls at private addresses and unusual ports too: for an intranet that is trusted.",
+        affects_bytes=False,
+        group="Fetching urls",
+    )
+    ignore_robots: bool = option(
+        False,
+        "Take images whose server says noai or noimageai in X-Robots-Tag.",
+        affects_bytes=True,
+        group="Fetching urls",
+    )
+    url_timeout_s: float = option(
+        20,
+        "Seconds that one attempt at a url may take; all attempts, three times as many.",
+        affects_bytes=False,
+        group="Fetching urls",
+        gt=0,
+    )
+    url_retries: int = option(
+        3,
+        "How often a failure that may pass is tried again.",
+        affects_bytes=False,
+        group="Fetching urls",
+        ge=0,
+    )
+    url_concurrency: int = option(
+        64, "Urls asked for at a time, per worker.", affects_bytes=False, group="Fetching urls", ge=1, le=1024
+    )
+    url_per_host: int = option(
+        8,
+        "Of them, those of one host at most, per worker.",
+        affects_bytes=False,
+        group="Fetching urls",
+        ge=1,
+        le=1024,
+    )
+    url_host_rate: float = option(
+        32,
+        "Requests a second to one host, per worker. 0: as many as it answers.",
+        affects_bytes=False,
+        group="Fetching urls",
+        ge=0,
     )
 
     encoder: str = option(
@@ -172,6 +329,19 @@ class CurateOptions(BaseModel):
         group="Near duplicates",
     )
 
+    decontaminate: list[str] = option(
+        [],
+        "NAME=SOURCE: a benchmark's images, found as those of --input; what is like one of them is filtered. Repeatable.",
+        affects_bytes=False,
+        group="Decontamination",
+    )
+    decontaminate_mode: Literal["candidates", "copies"] = option(
+        "candidates",
+        "candidates: within --cosine or --phash-bits of a benchmark's image. copies: verified too, by --structure, or the same bytes.",
+        affects_bytes=True,
+        group="Decontamination",
+    )
+
     vlm_base_url: str = option(
         "",
         "OpenAI-compatible endpoint; without one nothing is synthesised.",
@@ -212,10 +382,11 @@ class CurateOptions(BaseModel):
     )
 
     def affecting_bytes(self) -> dict[str, Any]:
-        """The options that a snapshot's id holds, as JSON values. Options of synthesis count only where there is any."""
+        """The options that a snapshot's id holds, as JSON values. Those of a group that is not asked for do not count."""
         fields = type(self).model_fields
         values = self.model_dump(mode="json")
-        skipped = set() if self.vlm_base_url else {"Synthesis"}
+        asked_for = {"Synthesis": self.vlm_base_url, "Decontamination": self.decontaminate}
+        skipped = {group for group, asked in asked_for.items() if not asked}
         return {
             name: values[name]
             for name, field in fields.items()
@@ -249,7 +420,7 @@ def _read_config(path: str) -> dict[str, Any]:
 def parse_options(flags: dict[str, Any], config: str = "") -> CurateOptions:
     """Options from flags over YAML over defaults. Raises BadRequest: one line with the field, its value and what is allowed."""
     values = (_read_config(config) if config else {}) | flags
-    for name in ("input", "reuse_from"):
+    for name in ("input", "reuse_from", "max_error_rate", "filter", "decontaminate"):
         if isinstance(values.get(name), str):
             values[name] = [values[name]]
     unknown = sorted(set(values) - set(CurateOptions.model_fields))
@@ -258,13 +429,17 @@ def parse_options(flags: dict[str, Any], config: str = "") -> CurateOptions:
         hint = f"; did you mean {close[0]}?" if close else ""
         raise BadRequest(f"--config {config}: no such option {unknown[0]}{hint}")
     for needed, example in (("input", "a folder of images"), ("output", "a new folder")):
-        if not values.get(needed):
+        if not values.get(needed) and not (needed == "input" and values.get("sources")):
             raise BadRequest(f"{flag(needed)} is missing: {example}, as in --input photos/ --output shards/")
     try:
         options = CurateOptions.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        name = str(first["loc"][0])
-        raise BadRequest(f"{flag(name)} {first['input']!r}: {first['msg'].lower()}") from error
+        name, *inner = (str(part) for part in first["loc"])
+        place = flag(name)
+        if name == "sources":
+            place = f"--config {config}: {name}[{inner[0]}] {'.'.join(inner[1:])}" if inner else name
+        given = repr(first["input"])
+        raise BadRequest(f"{place} {given if len(given) < 100 else ''}: {first['msg'].lower()}") from error
     paths = {name: os.path.expanduser(getattr(options, name)) for name in ("image_root", "output")}
     return options.model_copy(update=paths)

@@ -12,8 +12,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+import pyarrow.compute as pc
 
-from beam_pipelines.codes import FATE_MEANINGS, meaning_of, verified_text
+from beam_pipelines.codes import (
+    FATE_MEANINGS,
+    contact_text,
+    decided_text,
+    is_contact,
+    meaning_of,
+    verified_text,
+)
 from beam_pipelines.conversations import make_cards, survey_samples
 from beam_pipelines.funnel import fate_rows
 from beam_pipelines.gallery import gather_gallery
@@ -27,6 +35,7 @@ from shards.snapshot import KINDS, Snapshot, open_snapshot
 REPORT = "report.html"
 # With 40 groups of 6 thumbnails and 36 cards of at most 4, these keep the page under 10 MB.
 LIMITS = {"files": 200, "turns": 8, "calls": 4, "raw": 3000}
+MAX_EXAMPLES = 5
 
 
 def write_report(path: str, output: str = "") -> str:
@@ -54,6 +63,7 @@ def write_report(path: str, output: str = "") -> str:
             verified=verified_text(manifest.options),
             survey=survey,
             cards=make_cards(snapshot, survey.subjects, pictures),
+            filtered=_filtered(snapshot),
             failures=_failures(snapshot, metrics),
             options=_option_rows(manifest.options),
             files=manifest.files(),
@@ -91,13 +101,56 @@ def _failures(snapshot: Snapshot, metrics: Mapping[str, Any]) -> list[Failure]:
     ]
 
 
+class Filtered(NamedTuple):
+    """One code of filtered images, with (name, comparison in words) of those with the smallest ids."""
+
+    code: str
+    images: int
+    meaning: str
+    examples: Sequence[tuple[str, str]]
+
+
+def _filtered(snapshot: Snapshot) -> list[Filtered]:
+    """What filters and benchmarks left out; the most frequent code first."""
+    counts: Counter[str] = Counter()
+    examples: dict[str, list[Mapping[str, Any]]] = {}
+    columns = ("unit", "id", "stage", "code", "source", "name", "score", "threshold", "other_id")
+    for table in snapshot.batches("decisions", columns):
+        by_rule = pc.match_substring_regex(table["stage"], "^(filter$|decontaminate:)")
+        left_out = pc.and_(pc.equal(table["unit"], "image"), by_rule)
+        for code in pc.unique(table["code"].filter(left_out)).to_pylist():
+            found = table.filter(pc.and_(left_out, pc.equal(table["code"], code)))
+            counts[code] += found.num_rows
+            order = [(name, "ascending") for name in ("id", "source", "name")]
+            rows = [*examples.get(code, []), *found.sort_by(order).slice(0, MAX_EXAMPLES).to_pylist()]
+            rows.sort(key=lambda row: (row["id"], row["source"], row["name"]))
+            examples[code] = rows[:MAX_EXAMPLES]
+    return [
+        Filtered(
+            code,
+            images,
+            meaning_of(code),
+            [(row["name"], _compared(row)) for row in examples[code]],
+        )
+        for code, images in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    ]
+
+
+def _compared(row: Mapping[str, Any]) -> str:
+    if is_contact(row):
+        return contact_text(row)
+    return decided_text(row["code"], row["score"], row["threshold"])
+
+
 def _option_rows(options: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(flag, value in words, what it means)."""
     fields = CurateOptions.model_fields
 
     def in_words(value: Any) -> str:
-        if value is None:
+        if value is None or value == []:
             return "not set"
+        if isinstance(value, dict):
+            return ", ".join(f"{key} (images {ids[:12]})" for key, ids in value.items())
         if isinstance(value, bool):
             return "yes" if value else "no"
         return f"{value:,}" if isinstance(value, int) else str(value) or "empty"

@@ -1,107 +1,162 @@
-"""From what the user wrote after --input to sources, checked before any image is touched."""
+"""From what the user wrote after --input and --decontaminate to sources, checked before any image is touched."""
 
-import difflib
-import glob
 import itertools
 import os
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
+from beam_pipelines.located import FILES, check_root, is_folder, is_there, locate, named_errors
+from beam_pipelines.options import CurateOptions, SourceOptions
+from beam_pipelines.request import REQUEST
+from embeddings.contamination import MAX_PROTECTED
+from images.files import is_url
+from images.sources import read_samples
+from images.sources.source import Source, Unreadable
 from shards.errors import BadRequest
-from shards.files import path_of
 from shards.records import Origin, SourceSample
 from shards.snapshot import CURRENT, Snapshot
 from shards.storage import STAGING, is_remote, rooted, storage_of
-from transforms.read import Source, Unreadable, read_samples, take_samples
+from transforms.read import take_samples
 
-_MAGIC = re.compile(r"[*?[]")
+INPUT, PROTECTED = "--input", "--decontaminate"
 _NAMED = re.compile(r"([A-Za-z][A-Za-z0-9_-]*)=(.+)", re.DOTALL)
-_PROBED_SAMPLES = 100
-_OF_A_RUN = {STAGING, ".lock", ".runs", "ledger", "media", "samples", "snapshots"}
+_PROBED_SAMPLES, _PROBED_REMOTE = 100, 8
+_CALLED = {
+    "webdataset": "WebDataset tar",
+    "parquet": "Parquet of images or conversations",
+    "llava": "LLaVA JSON",
+    "tfrecord": "TFRecord of tf.train.Example",
+    "urls": "list of urls",
+}
+"""Formats of records, as messages call them."""
+_OF_A_RUN = {STAGING, ".lock", ".runs", "ledger", "media", "samples", "snapshots", "spool", REQUEST}
 """What a run leaves that did not get to its commit."""
 
 
-def _suggestion(path: str) -> str:
-    """`; did you mean ...?` for a path with a near namesake, or what there is instead."""
-    folder, name = os.path.split(path.rstrip("/"))
-    try:
-        siblings = os.listdir(folder or ".")
-    except OSError:
-        return f"; {folder or '.'} is no folder either"
-    close = difflib.get_close_matches(name, siblings, 1)
-    return f"; did you mean {os.path.join(folder, close[0])}?" if close else ""
+def _source(flag: str, number: int, wanted: SourceOptions) -> Source:
+    """Raises BadRequest for what is missing, unreadable, unknown or holds no record."""
+    asked = f"{flag} {wanted.name}={wanted.path}" if wanted.name else f"{flag} {wanted.path}"
+    path, folder, source_format = locate(asked, wanted.path, wanted.format)
+    source = Source(
+        number if wanted.priority is None else wanted.priority,
+        wanted.name or f"input{number}",
+        path,
+        source_format,
+        folder,
+        rooted(wanted.image_root) if wanted.image_root else folder,
+        wanted.columns,
+        wanted.license,
+        wanted.language,
+        wanted.weight,
+    )
+    if source.format != "files":
+        _check_records(flag, source)
+    return source
 
 
-def _format_of(path: str) -> str:
-    suffix = Path(path).suffix.lower()
-    if suffix in (".json", ".jsonl"):
-        return "llava"
-    if suffix in (".parquet", ".tar", ".tfrecord"):
-        raise BadRequest(
-            f"--input {path}: {suffix} is not read yet; give a folder, a glob, or LLaVA .json/.jsonl"
-        )
-    return "files"
-
-
-def _source(priority: int, text: str, image_root: str) -> Source:
-    named = None if os.path.exists(text) else _NAMED.fullmatch(text)
-    name, path = (named[1], named[2]) if named else (f"input{priority}", text)
-    path = os.path.abspath(os.path.expanduser(path))
-    if glob.has_magic(path) and not os.path.exists(path):
-        matches = [found for found in glob.iglob(path, recursive=True) if os.path.isfile(found)]
-        if not matches:
-            raise BadRequest(f"--input {text}: matches no file")
-        if all(found.lower().endswith((".json", ".jsonl")) for found in matches):
-            raise BadRequest(f"--input {text}: matches JSON; give each file an --input of its own")
-        return Source(priority, name, path, "files", os.path.dirname(_MAGIC.split(path, maxsplit=1)[0]))
-    if "://" in text:
-        raise BadRequest(f"--input {text}: only local files are read yet; copy them here first")
-    if not os.path.exists(path):
-        raise BadRequest(f"--input {text}: no such file or folder{_suggestion(path)}")
-    if not os.access(path, os.R_OK):
-        raise BadRequest(f"--input {text}: may not be read by this user")
-    if os.path.isdir(path):
-        return Source(priority, name, path, "files", path)
-    source_format = _format_of(path)
-    has_root = image_root and source_format == "llava"
-    root = os.path.abspath(image_root) if has_root else os.path.dirname(path)
-    return Source(priority, name, path, source_format, root)
-
-
-def _check_llava(source: Source) -> None:
-    """Where none of the first records is a sample the file is wrong; where none of their images is there, the root is."""
-    first = list(itertools.islice(read_samples(source), _PROBED_SAMPLES))
+def _check_records(flag: str, source: Source) -> None:
+    """Where none of the first records is a sample the source is wrong; where none of the files that they name is there, the root is."""
+    first = list(itertools.islice(read_samples(source, FILES), _PROBED_SAMPLES))
     unreadable = [record for record in first if isinstance(record, Unreadable)]
     if first and len(unreadable) == len(first):
-        raise BadRequest(f"--input {source.path}: no LLaVA JSON: {unreadable[0].error}")
-    refs = [image.ref.uri for s in first if isinstance(s, SourceSample) for image in s.images]
-    if refs and not any(path_of(uri).exists() for uri in refs):
-        missing = ", ".join(dict.fromkeys(refs[:3]))
-        raise BadRequest(f"--image-root {source.root}: none of the first images is there; missing: {missing}")
-
-
-def find_sources(inputs: Sequence[str], image_root: str) -> list[Source]:
-    """The sources in order of priority. Raises BadRequest for what is missing, unreadable, unknown, or rooted wrongly."""
-    if image_root and not os.path.isdir(image_root):
+        wrong = unreadable[0].error
+        raise BadRequest(f"{flag} {source.path}: no {_CALLED[source.format]}: {wrong} ({wrong.code})")
+    if not first and is_folder(source):
+        raise BadRequest(f"{flag} {source.path}: no {_CALLED[source.format]} with a sample lies below it")
+    refs = [image.ref for one in first if isinstance(one, SourceSample) for image in one.images]
+    named = dict.fromkeys(
+        ref.uri for ref in refs if not ref.member and ref.length < 0 and not is_url(ref.uri)
+    )
+    # Of a bucket a few: each is a request.
+    asked = list(named)[: _PROBED_REMOTE if any(map(is_remote, named)) else None]
+    refused = None
+    for uri in asked:
+        try:
+            if is_there(uri):
+                return
+        except OSError as error:
+            refused = refused or error
+    if refused:
+        with named_errors(f"--image-root {source.image_root}"):
+            raise refused
+    if asked:
+        missing = ", ".join(asked[:3])
         raise BadRequest(
-            f"--image-root {image_root}: no such folder{_suggestion(os.path.abspath(image_root))}"
+            f"--image-root {source.image_root}: none of the first images is there; missing: {missing}"
         )
-    sources = [_source(priority, text, image_root) for priority, text in enumerate(inputs)]
+
+
+def _wanted(options: CurateOptions) -> list[SourceOptions]:
+    """Every input as an entry of `sources:`: those of --input first."""
+    inputs = []
+    for text in options.input:
+        named = None if os.path.exists(text) else _NAMED.fullmatch(text)
+        name, path = (named[1], named[2]) if named else ("", text)
+        inputs.append(
+            SourceOptions(path=path, name=name, format=options.source_format, image_root=options.image_root)
+        )
+    return [*inputs, *options.sources]
+
+
+def find_sources(options: CurateOptions) -> list[Source]:
+    """The sources in order of priority. Raises BadRequest for what is missing, unreadable, unknown, or rooted wrongly."""
+    wanted = _wanted(options)
+    for root in dict.fromkeys(one.image_root for one in wanted if one.image_root):
+        check_root(root)
+    sources = [_source(INPUT, number, one) for number, one in enumerate(wanted)]
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
-            raise BadRequest(f"--input {name}=...: two sources of one name; give each its own")
-    for source in sources:
-        if source.format == "llava":
-            _check_llava(source)
+            raise BadRequest(f"{INPUT} {name}=...: two sources of one name; give each its own")
+    return sorted(sources, key=lambda source: (source.priority, source.name))
+
+
+def find_benchmarks(texts: Sequence[str]) -> list[Source]:
+    """The sources of protected sets, of each NAME one or several. Raises BadRequest as `find_sources` does, and for one without a name."""
+    sources = []
+    for number, text in enumerate(texts):
+        named = _NAMED.fullmatch(text)
+        if not named:
+            raise BadRequest(
+                f"{PROTECTED} {text}: NAME=SOURCE is needed, the name of letters, digits, _ and -, as in mmmu=benchmarks/mmmu/"
+            )
+        sources.append(_source(PROTECTED, number, SourceOptions(path=named[2], name=named[1])))
     return sources
 
 
-def image_origins(sources: Sequence[Source], limit: int | None, seed: int) -> set[Origin]:
-    """Where the images lie that a run over these sources takes: one origin per distinct reference."""
-    taken = (item for source in sources for item in take_samples(source, limit, seed))
-    return {image.origin for item in taken if isinstance(item, SourceSample) for image in item.images}
+def count_protected(benchmarks: Sequence[Source]) -> dict[str, int]:
+    """Distinct references to images in each benchmark. Raises BadRequest for a record that is no sample, for none and for too many."""
+    found: dict[str, set[Origin]] = {}
+    for source in benchmarks:
+        for item in read_samples(source, FILES):
+            if isinstance(item, Unreadable):
+                raise BadRequest(
+                    f"{PROTECTED} {source.name}=...: {item.origin.name} is unreadable ({item.error.code}: {item.error})"
+                )
+            found.setdefault(source.name, set()).update(image.origin for image in item.images)
+    for source in benchmarks:
+        if not found.get(source.name):
+            raise BadRequest(f"{PROTECTED} {source.name}={source.path}: holds no image")
+    counts = {name: len(origins) for name, origins in found.items()}
+    if sum(counts.values()) > MAX_PROTECTED:
+        raise BadRequest(
+            f"{PROTECTED}: {sum(counts.values())} images, this version compares with at most {MAX_PROTECTED}"
+        )
+    return counts
+
+
+def image_origins(sources: Sequence[Source], limit: int | None, seed: int, at_most: int) -> set[Origin]:
+    """Where the images lie that a run over these sources takes: one origin per distinct reference. Raises BadRequest for too many."""
+    origins: set[Origin] = set()
+    for source in sources:
+        for item in take_samples(source, FILES, limit, seed):
+            if isinstance(item, SourceSample):
+                origins.update(image.origin for image in item.images)
+            if len(origins) > at_most:
+                raise BadRequest(
+                    f"{INPUT} {source.path}: over {at_most} images, more than this version compares; --limit N takes a sample"
+                )
+    return origins
 
 
 def count_gone(base: Snapshot, origins: Iterable[Origin]) -> tuple[int, int]:
@@ -116,10 +171,14 @@ def count_gone(base: Snapshot, origins: Iterable[Origin]) -> tuple[int, int]:
     return gone, total
 
 
-def check_output(output: str, sources: Sequence[Source]) -> None:
+def check_output(output: str, sources: Sequence[Source], benchmarks: Sequence[Source] = ()) -> None:
     """Raises BadRequest where the run could not write, or would read what it writes."""
-    if not is_remote(output):
-        _check_folder(output, sources)
+    read = [(INPUT, source) for source in sources] + [(PROTECTED, source) for source in benchmarks]
+    if is_remote(output):
+        _check_outside(output, rooted(output), read)
+    else:
+        _check_folder(output)
+        _check_outside(output, os.path.realpath(output), read)
     try:
         names = storage_of(rooted(output)).names()
     except OSError as error:
@@ -129,7 +188,7 @@ def check_output(output: str, sources: Sequence[Source]) -> None:
         raise BadRequest(f"--output {output}: holds {strangers[0]} and is no run's folder; name a new one")
 
 
-def _check_folder(output: str, sources: Sequence[Source]) -> None:
+def _check_folder(output: str) -> None:
     path = os.path.realpath(output) if "\0" not in output else ""
     if not path or any(len(os.fsencode(part)) > 255 for part in path.split("/")):
         raise BadRequest(f"--output {output[:40]!r}...: no name that a file system takes")
@@ -140,10 +199,14 @@ def _check_folder(output: str, sources: Sequence[Source]) -> None:
         raise BadRequest(f"--output {output}: {existing} is a file; name a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise BadRequest(f"--output {output}: {existing} may not be written by this user")
-    for source in sources:
-        searched = os.path.realpath(source.root)
-        walks = os.path.isdir(source.path) or "**" in source.path
-        if walks and os.path.commonpath([path, searched]) == searched:
+
+
+def _check_outside(output: str, path: str, read: Sequence[tuple[str, Source]]) -> None:
+    """Raises BadRequest where a search of a source would come upon the folder `path`."""
+    for flag, source in read:
+        folder = source.folder if is_remote(source.folder) else os.path.realpath(source.folder)
+        walks = is_folder(source) or "**" in source.path
+        if walks and f"{path}/".startswith(f"{folder.rstrip('/')}/"):
             raise BadRequest(
-                f"--output {output}: lies inside --input {source.path}; the next run would read it"
+                f"--output {output}: lies inside {flag} {source.path}; the next run would read it"
             )

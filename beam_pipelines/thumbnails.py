@@ -3,17 +3,19 @@
 import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
 from beam_pipelines.wording import one_line
 from images.decode import Limits, open_image
-from images.fetch import fetch_again
+from images.fetch import Fetcher, Reach
+from images.files import is_url, join_uri
+from images.web import WebOptions
 from shards.errors import BadData, CorruptShard
 from shards.records import MediaRef
 from shards.snapshot import Snapshot
+from transforms.filesystems import AllFiles
 
 # At most 20 KB in base64, most of them near 5 KB.
 THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 160, 80
@@ -29,7 +31,7 @@ class Thumbnail(NamedTuple):
 class Pictures:
     """Thumbnails of our own re-encoding, from the snapshot's media or from where an image was first read.
 
-    `sources` are those of metrics.json, of which `name` and `root` are used.
+    `sources` are those of metrics.json, of which `name`, `format`, `folder` and `image_root` are used.
     """
 
     def __init__(self, snapshot: Snapshot, sources: Sequence[Mapping[str, str]]) -> None:
@@ -38,8 +40,12 @@ class Pictures:
             options.get("max_image_bytes", Limits().max_bytes),
             options.get("max_image_pixels", Limits().max_pixels),
         )
+        self._fetcher = Fetcher(AllFiles(), Reach(WebOptions(max_bytes=self._limits.max_bytes)))
         self._media = snapshot.media
-        self._roots = {source["name"]: source["root"] for source in sources}
+        self._roots = {
+            source["name"]: source["folder" if source["format"] == "files" else "image_root"]
+            for source in sources
+        }
 
     def stored(self, image_id: str) -> Thumbnail:
         """Of an image in the snapshot's media."""
@@ -49,8 +55,10 @@ class Pictures:
         """Of an image that is not in the media: read again from its source, if it is still there and still the same."""
         if source not in self._roots:
             return Thumbnail("", "metrics.json does not say where this source lies")
-        ref = MediaRef(str(Path(self._roots[source], name)), 0, -1)
-        return self._thumbnail(lambda: fetch_again(ref, bytes.fromhex(image_id), self._limits.max_bytes))
+        if is_url(self._roots[source]):
+            return Thumbnail("", "it came by url, and is not asked for again")
+        ref = MediaRef(join_uri(self._roots[source], name), 0, -1)
+        return self._thumbnail(lambda: self._fetcher.fetch_again(ref, bytes.fromhex(image_id)))
 
     def _thumbnail(self, read: Callable[[], bytes]) -> Thumbnail:
         try:

@@ -104,7 +104,9 @@ def write_snapshot(folder: Path, records: Iterable[Record], samples_per_shard: i
         images.append(ToPack(record.image_id, len(record.image), lambda image=record.image: image))
         said = [Turn(turn["from"], turn["value"]) for turn in record.turns]
         origin = Origin(0, "benchmark", str(number), 0)
-        samples.append(Sample(record.sample_id, [record.image_id], said, [], origin, [], "", "", FROM_SOURCE))
+        samples.append(
+            Sample(record.sample_id, [record.image_id], said, [], origin, [], "", "", 1.0, "", FROM_SOURCE)
+        )
         if len(samples) == samples_per_shard:
             files += write_samples(to.storage, to.token, samples, shards)
             samples, shards = [], shards + 1

@@ -12,7 +12,9 @@ import numpy as np
 
 from embeddings import encoder as encoders
 from images.decode import Limits, decode
-from images.fetch import fetch
+from images.fetch import Fetcher, Reach
+from images.files import LocalFiles
+from images.web import WebOptions
 from shards.errors import BadData
 from shards.records import MediaRef
 
@@ -21,11 +23,12 @@ def mean_feature(encoder: encoders.Encoder, folder: Path, limit: int) -> np.ndar
     """Mean of pooled features before centring and normalising, float64 (D,), over at most `limit` images of a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     step = max(1, len(files) // limit)
+    fetcher = Fetcher(LocalFiles(), Reach(WebOptions(max_bytes=1 << 24)))
     batch, sums, count = [], 0, 0
     for path in [*files[::step][:limit], None]:
         if path is not None:
             try:
-                encoded = fetch(MediaRef(str(path), 0, -1), 1 << 24)
+                encoded = fetcher.fetch(MediaRef(str(path), 0, -1))
                 batch.append(decode(encoded, encoder.geometry, Limits()).pixels)
             except BadData:
                 continue

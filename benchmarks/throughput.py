@@ -8,6 +8,7 @@ stands the whole job, which also compares, tags, resolves, writes and commits.
 
 import argparse
 import hashlib
+import os
 import statistics
 import tempfile
 import time
@@ -25,11 +26,14 @@ from beam_pipelines.options import parse_options
 from beam_pipelines.planting import flatten
 from benchmarks.machine import describe
 from embeddings.encoder import Encoder, EncoderSpec, load_encoder
-from images.decode import Limits
+from images.decode import Limits, decode
+from images.fetch import Reach
+from images.web import WebOptions
+from shards.ids import image_id_of
 from shards.ledger import Ledger
 from shards.records import MediaRef, Origin, SourceImage
 from shards.snapshot import Destination
-from transforms.embed import DistinctReferences, EmbedImages, decode_image, embed, fetch_image
+from transforms.embed import DecodedImage, DistinctReferences, EmbedImages, Reading, embed
 
 CORPUS = Path(__file__).parent.parent / "examples" / "images"
 SIZE = (800, 600)
@@ -58,7 +62,11 @@ def bare_loop(references: list[SourceImage], encoder: Encoder) -> tuple[float, f
     encoding = 0.0
     for start in range(0, len(references), encoder.images_at_once):
         batch = references[start : start + encoder.images_at_once]
-        decoded = [decode_image(fetch_image(one, Limits()), encoder.geometry, Limits()) for one in batch]
+        read = [(one, Path(one.ref.uri).read_bytes()) for one in batch]
+        decoded = [
+            DecodedImage(image_id_of(encoded), one, *decode(encoded, encoder.geometry, Limits()))
+            for one, encoded in read
+        ]
         before = time.perf_counter()
         embed(encoder, decoded)
         encoding += time.perf_counter() - before
@@ -80,22 +88,23 @@ def through_pipeline(
         putting += time.perf_counter() - before
         return path
 
+    decoders = len(os.sched_getaffinity(0))
+    reading = Reading(Reach(WebOptions()), Limits(), encoder.geometry, encoder.images_at_once, decoders)
     pipeline = beam.Pipeline(runner="FnApiRunner")
     _ = (
         pipeline
         | beam.Create(references)
         | DistinctReferences()
-        | EmbedImages(spec, encoder.fingerprint, encoder.geometry, encoder.images_at_once, Limits(), to)
+        | EmbedImages(spec, encoder.fingerprint, reading, to)
     )
     with mock.patch.object(Ledger, "put", timed_put):
         result = pipeline.run()
         result.wait_until_finish()
     seconds = time.perf_counter() - started
     distributions = {m.key.metric.name: m.committed for m in result.metrics().query()["distributions"]}
-    decoding = distributions["decode_msec"].sum / 1e3
     encoding = distributions["inference_batch_latency_micro_secs"].sum / 1e6
-    rest = seconds - decoding - encoding - putting
-    parts = {"fetch, decode, measure": decoding, "encoder": encoding, "ledger": putting, "Beam": rest}
+    rest = seconds - encoding - putting
+    parts = {"encoder": encoding, "ledger": putting, "fetch, decode, measure, Beam": rest}
     return seconds, parts
 
 

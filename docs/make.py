@@ -32,7 +32,7 @@ def options_page() -> str:
         shown = default.human_readable(decimal=True) if hasattr(default, "human_readable") else default
         text = "" if shown in ("", None, []) else f"`{shown}`"
         lines.append(
-            f"| `{flag(name)}` | {text} | {'yes' if extra['affects_bytes'] else ''} | {field.description} |"
+            f"| `{name if name == 'sources' else flag(name)}` | {text} | {'yes' if extra['affects_bytes'] else ''} | {field.description} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -13,7 +13,7 @@ This form runs in one process and compares every image with every kept one: fine
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,65 +41,99 @@ def order_key(image: EmbeddedImage) -> tuple[int, int, int, bytes]:
     return image.source_image.origin.priority, -facts.width * facts.height, -facts.num_bytes, image.image_id
 
 
+class Signatures(NamedTuple):
+    """What N images are compared by: float16 (N, D), rows L2-normalised; uint64 (N,); uint64 (N, 16)."""
+
+    vectors: npt.NDArray[np.float16]
+    phashes: npt.NDArray[np.uint64]
+    structures: npt.NDArray[np.uint64]
+
+    def at(self, rows: Any) -> "Signatures":
+        """Those of some of the images, chosen as numpy chooses rows."""
+        return Signatures(self.vectors[rows], self.phashes[rows], self.structures[rows])
+
+
+def signatures(triples: Sequence[tuple[bytes, bytes, bytes]]) -> Signatures:
+    """Of at least one image: (embedding, phash, structure) each, as in `EmbeddedImage` and its facts."""
+    embeddings, phashes, structures = (b"".join(column) for column in zip(*triples, strict=True))
+    count = len(triples)
+    return Signatures(
+        np.frombuffer(embeddings, "<f2").reshape(count, -1),
+        np.frombuffer(phashes, "<u8"),
+        np.frombuffer(structures, "<u8").reshape(count, -1),
+    )
+
+
+def propose(ours: Signatures, theirs: Signatures, rule: DuplicateRule) -> npt.NDArray[np.bool_]:
+    """bool (ours, theirs): pairs that may be candidates; never misses one."""
+    scores = ours.vectors.astype(np.float32) @ theirs.vectors.astype(np.float32).T
+    proposed = scores >= rule.cosine - _PROPOSAL_MARGIN
+    if rule.mode == "copies":
+        differing = ours.phashes[:, None] ^ theirs.phashes[None, :]
+        proposed |= np.bitwise_count(differing) <= rule.phash_bits
+    return np.asarray(proposed)
+
+
+class Comparison(NamedTuple):
+    """One image beside M others: exact scores float64, differing bits of 64 and of 1,024, and what follows from them, each (M,).
+
+    `by_cosine` tells candidates by score from those by pHash alone.
+    """
+
+    scores: npt.NDArray[np.float64]
+    bits: npt.NDArray[np.uint8]
+    distances: npt.NDArray[np.uint64]
+    by_cosine: npt.NDArray[np.bool_]
+    candidate: npt.NDArray[np.bool_]
+    verified: npt.NDArray[np.bool_]
+
+
+def compare(one: Signatures, others: Signatures, rule: DuplicateRule) -> Comparison:
+    """The meaning of candidate and verified. `one` holds a single image."""
+    scores = others.vectors.astype(np.float64) @ one.vectors[0].astype(np.float64)
+    bits = np.bitwise_count(others.phashes ^ one.phashes)
+    distances = np.bitwise_count(others.structures ^ one.structures).sum(axis=1)
+    by_cosine = scores >= rule.cosine
+    candidate = by_cosine | (bits <= rule.phash_bits) if rule.mode == "copies" else by_cosine
+    verified = candidate & (distances <= rule.structure * one.structures.shape[1] * 64)
+    return Comparison(scores, bits, distances, by_cosine, candidate, verified)
+
+
 class _Columns(NamedTuple):
     """Facts of N images in walk order, a row each."""
 
     ids: list[bytes]
     pixels: list[bytes]
-    vectors: npt.NDArray[np.float16]
-    phashes: npt.NDArray[np.uint64]
-    structures: npt.NDArray[np.uint64]
+    signatures: Signatures
 
 
 def _columns(images: Sequence[EmbeddedImage]) -> _Columns:
-    count = len(images)
-    vectors = np.frombuffer(b"".join(image.embedding for image in images), "<f2").reshape(count, -1)
-    phashes = np.frombuffer(b"".join(image.facts.phash for image in images), "<u8")
-    structures = np.frombuffer(b"".join(image.facts.structure for image in images), "<u8").reshape(count, -1)
     return _Columns(
         [image.image_id for image in images],
         [image.facts.pixel_hash for image in images],
-        vectors,
-        phashes,
-        structures,
+        signatures([(image.embedding, image.facts.phash, image.facts.structure) for image in images]),
     )
-
-
-def _proposals(
-    columns: _Columns, block: slice, others: npt.NDArray[np.intp], rule: DuplicateRule
-) -> npt.NDArray[np.bool_]:
-    """bool (block, others): pairs that may be candidates; never misses one."""
-    ours = columns.vectors[block].astype(np.float32)
-    proposed = ours @ columns.vectors[others].astype(np.float32).T >= rule.cosine - _PROPOSAL_MARGIN
-    if rule.mode == "copies":
-        differing = columns.phashes[block][:, None] ^ columns.phashes[others][None, :]
-        proposed |= np.bitwise_count(differing) <= rule.phash_bits
-    return np.asarray(proposed)
 
 
 def _verdict(
     columns: _Columns, loser: int, keepers: npt.NDArray[np.intp], rule: DuplicateRule
 ) -> Verdict | None:
     """The verdict against proposed keepers (in walk order), or None where none of them is a duplicate."""
-    scores = columns.vectors[keepers].astype(np.float64) @ columns.vectors[loser].astype(np.float64)
-    bits = np.bitwise_count(columns.phashes[keepers] ^ columns.phashes[loser])
-    distances = np.bitwise_count(columns.structures[keepers] ^ columns.structures[loser]).sum(axis=1)
-    duplicate = scores >= rule.cosine
-    if rule.mode == "copies":
-        duplicate |= bits <= rule.phash_bits
-        duplicate &= distances <= rule.structure * columns.structures.shape[1] * 64
+    own = columns.signatures.at(slice(loser, loser + 1))
+    compared = compare(own, columns.signatures.at(keepers), rule)
+    duplicate = compared.verified if rule.mode == "copies" else compared.candidate
     if not duplicate.any():
         return None
-    best = int(np.argmax(np.where(duplicate, scores, -np.inf)))  # argmax takes the first of equals
+    best = int(np.argmax(np.where(duplicate, compared.scores, -np.inf)))  # argmax takes the first of equals
     keeper = int(keepers[best])
-    by_cosine = scores[best] >= rule.cosine
+    by_cosine = compared.by_cosine[best]
     return Verdict(
         image_id=columns.ids[loser],
         keeper_id=columns.ids[keeper],
         code="near_cosine" if by_cosine else "near_phash",
-        score=float(scores[best] if by_cosine else bits[best]),
+        score=float(compared.scores[best] if by_cosine else compared.bits[best]),
         threshold=float(rule.cosine if by_cosine else rule.phash_bits),
-        structure_distance=int(distances[best]),
+        structure_distance=int(compared.distances[best]),
         same_pixels=columns.pixels[loser] == columns.pixels[keeper],
     )
 
@@ -122,7 +156,7 @@ def find_near_duplicates(images: Sequence[EmbeddedImage], rule: DuplicateRule) -
     for start in range(0, len(ordered), _BLOCK):
         block = slice(start, min(start + _BLOCK, len(ordered)))
         others = np.array([*kept, *range(block.start, block.stop)], dtype=np.intp)
-        proposed = _proposals(columns, block, others, rule)
+        proposed = propose(columns.signatures.at(block), columns.signatures.at(others), rule)
         is_kept = np.zeros(len(others), bool)
         is_kept[: len(kept)] = True
         for index in range(block.start, block.stop):

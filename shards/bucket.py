@@ -7,7 +7,6 @@ refused by its own condition; so a refusal is looked into before it is believed.
 
 import base64
 import contextlib
-import functools
 import io
 import mimetypes
 import os
@@ -18,19 +17,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import google_crc32c
-from google.api_core.exceptions import (
-    GoogleAPIError,
-    NotFound,
-    PreconditionFailed,
-    RequestRangeNotSatisfiable,
-)
-from google.auth.credentials import AnonymousCredentials
-from google.auth.exceptions import GoogleAuthError
-from google.cloud import storage as cloud
-from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
+from google.api_core.exceptions import NotFound, PreconditionFailed, RequestRangeNotSatisfiable
 from google.cloud.storage.retry import DEFAULT_RETRY
-from requests.exceptions import RequestException
 
+from shards import gcs
 from shards.crash import crash_point
 from shards.errors import BadRequest, CommitConflict
 from shards.storage import RandomAccess, Storage, Stored
@@ -42,16 +32,6 @@ _READ_BYTES = 2 << 20
 _FRESH_S = 3600.0
 """Content that is there already is put again if it is older, since by its age garbage collection tells what may be in use."""
 _TRIES = 5
-_FAILURES = (GoogleAPIError, GoogleAuthError, InvalidResponse, DataCorruption, RequestException)
-
-
-@functools.lru_cache(maxsize=4)
-def _client(process: int, emulator: str) -> Any:
-    """The client of this process for all buckets: it keeps connections open, which a forked process must not share."""
-    # Its tracing asks for the bucket's metadata from a thread of its own, traced or not.
-    os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
-    # Objects need no project; left out, the client would insist on finding one.
-    return cloud.Client(project=None, credentials=AnonymousCredentials() if emulator else None)
 
 
 class BucketStorage(Storage):
@@ -66,7 +46,7 @@ class BucketStorage(Storage):
 
     @property
     def _bucket(self) -> Any:
-        return _client(os.getpid(), os.environ.get("STORAGE_EMULATOR_HOST", "")).bucket(self._bucket_name)
+        return gcs.bucket_of(self._bucket_name)
 
     def _blob(self, path: str, chunk_size: int | None = None) -> Any:
         return self._bucket.blob(self._prefix + path, chunk_size=chunk_size)
@@ -75,15 +55,9 @@ class BucketStorage(Storage):
         """The object as it is now, None where there is none."""
         return self._bucket.get_blob(self._prefix + path)
 
-    @contextlib.contextmanager
-    def _named_errors(self, path: str) -> Iterator[None]:
+    def _named_errors(self, path: str) -> contextlib.AbstractContextManager[None]:
         """Errors of the client as the OSErrors that a local folder would raise, in one line."""
-        try:
-            yield
-        except NotFound as error:
-            raise FileNotFoundError(f"{self.root}/{path}: not there") from error
-        except _FAILURES as error:
-            raise OSError(f"{self.root}/{path}: {' '.join(str(error).split())[:400]}") from error
+        return gcs.named_errors(f"{self.root}/{path}")
 
     def names(self) -> set[str]:
         """Raises BadRequest where there is no such bucket."""
@@ -98,6 +72,9 @@ class BucketStorage(Storage):
 
     def exists(self) -> bool:
         return bool(self.names())
+
+    def uri(self, path: str) -> str:
+        return f"{self.root}/{path}"
 
     def size(self, path: str) -> int:
         with self._named_errors(path):

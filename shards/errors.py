@@ -1,7 +1,8 @@
 """Every error that Shardmill raises on purpose, and what each means for a run.
 
 Three fates: bad data becomes a dead letter and never raises; a bad request stops before work starts (`BadRequest`,
-exit 2); a broken machine, model or folder raises one of the others (exit 1).
+exit 2); a broken machine, model or folder raises one of the others (exit 1). More failures than the user allows end a run with
+`AbortedByLimit` (exit 3).
 """
 
 from typing import Any
@@ -33,6 +34,14 @@ class BadRequest(ShardmillError):
 
 class RunFailed(ShardmillError):
     """The run broke off and committed nothing; what stood before still stands."""
+
+
+class AbortedByLimit(ShardmillError):
+    """The user's own limit on failures was passed: exit code 3, nothing committed."""
+
+
+class SandboxBroken(ShardmillError):
+    """The processes that decode images cannot be started, or die without an image at hand."""
 
 
 class CommitConflict(RunFailed):

@@ -4,7 +4,7 @@ Source of the schema: tensorflow/core/example/{example,feature}.proto. Written w
 in Python: map entries by the bytes of their keys, a key that begins another after it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -76,3 +76,59 @@ def example_bytes(features: Mapping[str, Sequence[Value]]) -> bytes:
             encoded = [value.encode() if isinstance(value, str) else value for value in values]
             feature.bytes_list.value.extend(encoded)
     return bytes(example.SerializeToString(deterministic=True))
+
+
+def example_features(data: bytes) -> dict[str, list[bytes] | list[int] | list[float]]:
+    """The features of a serialised Example. Raises google.protobuf.message.DecodeError."""
+    example = Example.FromString(data)
+    found: dict[str, list[bytes] | list[int] | list[float]] = {}
+    for name, feature in example.features.feature.items():
+        kind = feature.WhichOneof("kind")
+        found[name] = list(getattr(feature, kind).value) if kind else []
+    return found
+
+
+def bytes_places(data: bytes) -> dict[str, list[tuple[int, int]]]:
+    """(offset, length) of each value of each bytes feature within a serialised Example, of the last entry where a name comes twice.
+
+    For messages as writers write them; one that spreads a feature over several messages is not followed. Raises IndexError or
+    ValueError where the bytes are no Example.
+    """
+    found: dict[str, list[tuple[int, int]]] = {}
+    for features in _fields(data, 0, len(data), 1):
+        for entry in _fields(data, *features, 1):
+            name = next((data[start:end] for start, end in _fields(data, *entry, 1)), b"").decode()
+            values = []
+            for feature in _fields(data, *entry, 2):
+                for bytes_list in _fields(data, *feature, 1):
+                    values += [(start, end - start) for start, end in _fields(data, *bytes_list, 1)]
+            found[name] = values
+    return found
+
+
+def _fields(data: bytes, start: int, end: int, number: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of each length-delimited field `number` of the message at data[start:end]. Encoding: protobuf.dev, `Encoding`."""
+    while start < end:
+        tag, start = _varint(data, start)
+        wire_type = tag & 7
+        if wire_type == 2:
+            length, start = _varint(data, start)
+            if tag >> 3 == number:
+                yield start, start + length
+            start += length
+        elif wire_type == 0:
+            _, start = _varint(data, start)
+        elif wire_type in (1, 5):
+            start += 8 if wire_type == 1 else 4
+        else:
+            raise ValueError(f"wire type {wire_type}")
+
+
+def _varint(data: bytes, start: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[start]
+        value |= (byte & 127) << shift
+        start, shift = start + 1, shift + 7
+        if byte < 128:
+            return value, start

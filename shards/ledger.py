@@ -35,11 +35,16 @@ _MERGE_AT_ONCE = 256
 
 
 class RefRow(NamedTuple):
-    """What a reference led to: `ref_key` -> the image and its size. An empty `image_id` voids the key: it sorts first."""
+    """What a reference led to: `ref_key` -> the image and its size. An empty `image_id` voids the key: it sorts first.
+
+    `spool_uri` and `spool_offset` say where its bytes were copied to, if they were; the copy may be gone.
+    """
 
     key: bytes
     image_id: bytes
     num_bytes: int
+    spool_uri: str = ""
+    spool_offset: int = 0
 
 
 class ImageRow(NamedTuple):
@@ -61,6 +66,9 @@ class ImageRow(NamedTuple):
     pixel_hash: bytes
     phash: bytes
     structure: bytes
+    entropy_milli: int
+    sharpness_milli: int
+    flat_ppm: int
     embedding: bytes
     scores: bytes
 
@@ -74,6 +82,9 @@ class ImageRow(NamedTuple):
             self.pixel_hash,
             self.phash,
             self.structure,
+            self.entropy_milli,
+            self.sharpness_milli,
+            self.flat_ppm,
         )
 
 
@@ -98,7 +109,21 @@ _ARROW = {bytes: pa.binary(), str: pa.string(), int: pa.int64()}
 
 def ref_key(ref: MediaRef, etag: str) -> bytes:
     """Key of a reference as it stands: `etag` changes whenever what it names may have changed."""
-    return digest([ref.uri, ref.offset, ref.length, etag])
+    return digest([*ref, etag])
+
+
+_URL_EPOCH = "ledger/url_epoch"
+
+
+def url_epoch(storage: Storage) -> int:
+    """How often all urls were to be downloaded anew: part of what their references are known by, since a url says nothing itself."""
+    return int(storage.read_if_there(_URL_EPOCH) or 0)
+
+
+def note_url_epoch(storage: Storage, epoch: int) -> None:
+    """From now on urls that were downloaded before this epoch are not known."""
+    if epoch != url_epoch(storage):
+        storage.write(_URL_EPOCH, str(epoch).encode())
 
 
 def image_key(image_id: bytes, decoder: str, encoder: str) -> bytes:
@@ -267,7 +292,9 @@ def _opened(storage: Storage, path: str, row: type[Any]) -> Iterator[pq.ParquetF
     try:
         with open_table(storage, path) as file:
             if not file.schema_arrow.equals(_schema(row)):
-                raise CorruptShard(f"{storage.root}/{path}", "written by another version")
+                raise CorruptShard(
+                    f"{storage.root}/{path}", "written by another version, as others beside it may be"
+                )
             yield file
     except MissingShard:
         raise

@@ -26,17 +26,24 @@ class Origin(NamedTuple):
 
 
 class MediaRef(NamedTuple):
-    """Where encoded bytes can be read: `length` bytes from `offset` of `uri`; length -1 is the whole file."""
+    """Where encoded bytes can be read: `length` bytes from `offset` of `uri`; length -1 is the whole file.
+
+    `member` is empty, or `FORMAT:NAME` of what bytes cannot address: `COLUMN` or `COLUMN/INDEX` of the row numbered `offset` of a Parquet
+    file, or the `offset`-th member of a compressed archive. Such bytes are expensive to reach one by one, so they are copied to the
+    run's spool once, all of a file together.
+    """
 
     uri: str
     offset: int
     length: int
+    member: str = ""
 
 
 class Geometry(NamedTuple):
     """How an image becomes a model's input of `size` x `size` pixels.
 
-    `crop_mode` `center`: shorter side to `size / crop_pct`, then the central square. `squash`: both sides to `size`.
+    `crop_mode` `center`: shorter side to `size / crop_pct`, then the central square. `squash`: both sides
+    to that, then the same.
     """
 
     size: int
@@ -46,10 +53,11 @@ class Geometry(NamedTuple):
 
 
 class SourceImage(NamedTuple):
-    """One reference to an image, as a source names it."""
+    """One reference to an image, as a source names it. `sha256` is what the source says its bytes hash to, in hex; empty where it does not."""
 
     origin: Origin
     ref: MediaRef
+    sha256: str = ""
 
 
 class Turn(NamedTuple):
@@ -60,20 +68,27 @@ class Turn(NamedTuple):
 
 
 class SourceSample(NamedTuple):
-    """A sample as read: 0..n images in order and the conversation, unchanged. `extra_json` holds the other fields."""
+    """A sample as read: 0..n images in order and the conversation, unchanged.
+
+    `language` is as the source names it; `weight` is how much the sample counts in a mixture, 1 where nothing is said; `extra_json`
+    holds the other fields.
+    """
 
     origin: Origin
     images: Sequence[SourceImage]
     conversation: Sequence[Turn]
     license: str
+    language: str
+    weight: float
     extra_json: str
 
 
 class ImageFacts(NamedTuple):
     """What decoding says of an image, whatever the encoder.
 
-    `width` and `height` in pixels after EXIF orientation; `pixel_hash` sha256 of the decoded RGB pixels; `phash` the 64-bit
-    perceptual hash (8 bytes); `structure` the 1,024-bit one (128 bytes), which tells copies from look-alikes.
+    `width` and `height` in pixels after EXIF orientation; `pixel_hash` sha256 of size and decoded RGB pixels; `phash` the 64-bit
+    perceptual hash (8 bytes); `structure` the 1,024-bit one (128 bytes), which tells copies from look-alikes. The last three are
+    measures of the luma, as integers: see the properties in whose units they are spoken of.
     """
 
     width: int
@@ -83,6 +98,38 @@ class ImageFacts(NamedTuple):
     pixel_hash: bytes
     phash: bytes
     structure: bytes
+    entropy_milli: int
+    sharpness_milli: int
+    flat_ppm: int
+
+    @property
+    def side(self) -> int:
+        """The shorter side, in pixels."""
+        return min(self.width, self.height)
+
+    @property
+    def pixels(self) -> int:
+        return self.width * self.height
+
+    @property
+    def aspect(self) -> float:
+        """Longer side through shorter side, 1 and more."""
+        return max(self.width, self.height) / self.side
+
+    @property
+    def entropy(self) -> float:
+        """Shannon entropy of the histogram of 256 luma levels: 0 to 8 bits."""
+        return self.entropy_milli / 1000
+
+    @property
+    def sharpness(self) -> float:
+        """Variance of the 3 x 3 Laplacian of the luma, brought to a longer side of 256 to 511 pixels; 0 where a side has under 3."""
+        return self.sharpness_milli / 1000
+
+    @property
+    def flat(self) -> float:
+        """Largest share of the pixels whose luma lies within 16 neighbouring levels: 0 to 1."""
+        return self.flat_ppm / 1_000_000
 
 
 class EmbeddedImage(NamedTuple):
@@ -137,7 +184,7 @@ class TaggedImage(NamedTuple):
 class ImageFate(NamedTuple):
     """What became of one reference, as samples need to know it.
 
-    `keeper_id` is the image that stands for it: its own for a kept one, empty for a dead one. `code` says why it is not kept.
+    `keeper_id` is the image that stands for it: its own for a kept one, empty for a dead or filtered one. `code` says why it is not kept.
     """
 
     fate: str
@@ -204,6 +251,8 @@ class Sample(NamedTuple):
     origin: Origin
     from_ids: Sequence[bytes]
     license: str
+    language: str
+    weight: float
     extra_json: str
     provenance: Provenance
 

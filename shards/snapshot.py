@@ -70,6 +70,9 @@ class Manifest(NamedTuple):
     `tombstones` (packed images that no sample names), conversation packs (the samples again, for readers at random), dead letters,
     counts, versions, and `base`, the snapshot that was in force before.
 
+    `decontaminated` says of each benchmark how many `protected` images it has, how many `candidates` were removed for being like one,
+    and how many of these were `verified` as copies.
+
     A snapshot with a `parent` is all that the parent holds and what it lists itself.
     """
 
@@ -91,6 +94,7 @@ class Manifest(NamedTuple):
     codes: Mapping[str, int]
     synthesised: int
     versions: Mapping[str, Any]
+    decontaminated: Mapping[str, Mapping[str, int]] = {}
     format_version: int = FORMAT_VERSION
 
     def files(self) -> list[ShardFile]:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from shards.crash import crash_point
 from shards.errors import BadRequest, CommitConflict, RunFailed
-from shards.files import sync_folder, write_synced
+from shards.files import sync_folder, uri_of, write_synced
 
 STAGING = ".staging"
 """Folder for what a run has written and not yet committed, one subfolder per run token."""
@@ -59,6 +59,10 @@ class Storage(abc.ABC):
     @abc.abstractmethod
     def names(self) -> set[str]:
         """Names of the files and folders that lie directly in `root`, a thousand of them at least; none where it is not there."""
+
+    @abc.abstractmethod
+    def uri(self, path: str) -> str:
+        """What names a file from anywhere, as references do."""
 
     @abc.abstractmethod
     def size(self, path: str) -> int:
@@ -159,6 +163,9 @@ class LocalStorage(Storage):
 
     def names(self) -> set[str]:
         return set(os.listdir(self.folder)) if self.exists() else set()
+
+    def uri(self, path: str) -> str:
+        return uri_of(self.folder / path)
 
     def size(self, path: str) -> int:
         return (self.folder / path).stat().st_size

@@ -45,14 +45,20 @@ def unframe(framed: bytes, path: str, record: int | None = None) -> bytes:
     return data
 
 
+def data_length(header: bytes, path: str, record: int | None = None) -> int:
+    """How many bytes of data follow the first 12 of a record. Raises CorruptShard where they are fewer or their checksum differs."""
+    if len(header) < HEADER_BYTES:
+        raise CorruptShard(path, "header cut short", record)
+    length, length_crc = _HEADER.unpack(header)
+    if _masked_crc(header[:8]) != length_crc:
+        raise CorruptShard(path, "length checksum differs", record)
+    return int(length)
+
+
 def read_records(stream: BinaryIO, path: str) -> Iterator[bytes]:
     """Records of a TFRecord stream in order, each checked. Raises CorruptShard, naming the record."""
     record = 0
     while header := stream.read(HEADER_BYTES):
-        if len(header) < HEADER_BYTES:
-            raise CorruptShard(path, "header cut short", record)
-        length, length_crc = struct.unpack("<QI", header)
-        if _masked_crc(header[:8]) != length_crc:
-            raise CorruptShard(path, "length checksum differs", record)
+        length = data_length(header, path, record)
         yield unframe(header + stream.read(length + 4), path, record)
         record += 1

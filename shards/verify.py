@@ -1,7 +1,7 @@
 """Is a snapshot whole? Every file there, of the hash and number of records that its manifest names, and every sample's images."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -17,8 +17,8 @@ from shards.storage import Storage
 from shards.tables import SCHEMAS
 from shards.tfrecord import FRAME_BYTES
 
-Decode = Callable[[bytes], object]
-"""Decodes an image; raises BadData for what is none."""
+DecodeAll = Callable[[Iterable[bytes]], Iterator[object]]
+"""Decodes images, in order; a BadData for what is none."""
 
 
 class Fault(NamedTuple):
@@ -32,18 +32,20 @@ class Fault(NamedTuple):
 
 
 def verify_snapshot(
-    snapshot: Snapshot, decode: Decode | None = None, advance: Callable[[ShardFile], None] = lambda _: None
+    snapshot: Snapshot,
+    decode_all: DecodeAll | None = None,
+    advance: Callable[[ShardFile], None] = lambda _: None,
 ) -> Iterator[Fault]:
     """Every fault of a snapshot's files, and of samples that name an image no pack holds. None: it is whole.
 
-    With `decode` every image is decoded too. `advance` is told of each file when it has been looked at.
+    With `decode_all` every image is decoded too. `advance` is told of each file when it has been looked at.
     """
     whole = True
     for manifest in snapshot.manifests:
         if snapshot_id_of(manifest) != manifest.snapshot_id:
             yield Fault(f"snapshots/{manifest.snapshot_id}/manifest.json", "its content has another id")
     for file in snapshot.files():
-        for fault in faults_of(snapshot.storage, file, decode):
+        for fault in faults_of(snapshot.storage, file, decode_all):
             whole = False
             yield fault
         advance(file)
@@ -67,7 +69,7 @@ def _missing(snapshot: Snapshot) -> Iterator[Fault]:
                 yield Fault(f"sample {sample_id}", "its conversation is in no pack")
 
 
-def faults_of(storage: Storage, file: ShardFile, decode: Decode | None = None) -> Iterator[Fault]:
+def faults_of(storage: Storage, file: ShardFile, decode_all: DecodeAll | None = None) -> Iterator[Fault]:
     """The faults of one file; of several that one damage makes only the most exact."""
     try:
         size = storage.size(file.path)
@@ -88,12 +90,11 @@ def faults_of(storage: Storage, file: ShardFile, decode: Decode | None = None) -
         yield Fault(file.path, f"{shown}sha256 differs from the manifest's; {count} records can be read")
     elif count != file.num_records:
         yield Fault(file.path, f"{count} records, the manifest says {file.num_records}")
-    elif decode and file.kind == "media":
-        for number, (_, encoded) in enumerate(read_pack(storage, file.path)):
-            try:
-                decode(encoded)
-            except BadData as error:
-                yield Fault(file.path, f"does not decode ({error.code}: {error}) in record {number}")
+    elif decode_all and file.kind == "media":
+        images = (encoded for _, encoded in read_pack(storage, file.path))
+        for number, result in enumerate(decode_all(images)):
+            if isinstance(result, BadData):
+                yield Fault(file.path, f"does not decode ({result.code}: {result}) in record {number}")
 
 
 def _check_pack(storage: Storage, file: ShardFile) -> int:

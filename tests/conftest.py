@@ -1,10 +1,15 @@
 """What several rooms' tests share: real images, a Cloud Storage."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from images.decode import Limits
+from images.sandbox import shared_pool
 from tests.loopback_gcs import gcs, gcs_server  # noqa: F401  (fixtures)
+from tests.loopback_s3 import s3, s3_server  # noqa: F401  (fixtures)
 from tests.quick_beam import ask_once
 
 REPOSITORY = Path(__file__).parent.parent
@@ -20,3 +25,11 @@ def corpus() -> list[Path]:
 @pytest.fixture(scope="session", autouse=True)
 def quick_beam() -> None:
     ask_once()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def decoders() -> Iterator[None]:
+    """Runs in this process borrow the same decoders: to start some takes each of them most of a second."""
+    pool = shared_pool(Limits(), len(os.sched_getaffinity(0)))
+    yield
+    pool.close()

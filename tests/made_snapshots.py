@@ -34,6 +34,8 @@ def a_sample(
         Origin(0, "made", name, 0),
         [sample_id],
         "CC0-1.0",
+        "",
+        1.0,
         "{}",
         FROM_SOURCE._replace(argued_by=[], calls=[]),
     )

@@ -53,6 +53,10 @@ def test_flags_that_the_docs_name_exist(page: Path) -> None:
         "--lookalikes",
         "--direct_num_wrokers",
         "--limit",
+        "--s3_access_key_id",
+        "--s3_secret_access_key",
+        "--s3_region_name",
+        "--s3_endpoint_url",
     }
     known |= {"--encoder"}
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()))

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from images.decode import model_input, open_image
+from images.decode import open_image
+from images.geometry import model_input
 from shards.packs import PackReader
 from shards.records import Geometry, Sample, Turn
 from training.model import IGNORED, IMAGE_TOKEN, Tower
@@ -155,7 +156,7 @@ def batches(
 
 
 def load_pixels(media: PackReader, image_id: bytes, geometry: Geometry) -> npt.NDArray[np.uint8]:
-    """uint8 (S, S, 3) RGB: the pixels that the image was curated by."""
+    """uint8 (S, S, 3) RGB: the pixels that the image was curated by, unless `--decode fast` curated it by a draft."""
     # No cap on pixels: the one that the user chose for curation already let this image pass.
     image, _ = open_image(media.read(image_id), max_pixels=sys.maxsize)
     return model_input(image, geometry)

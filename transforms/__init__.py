@@ -5,6 +5,7 @@ Importing it gives every record a RowCoder: deterministic, and a third of pickle
 
 from apache_beam import coders
 
+from embeddings import contamination
 from shards import ledger, records, snapshot
 
 for _record in (
@@ -24,5 +25,8 @@ for _record in (
     ledger.Segment,
     ledger.RefRow,
     ledger.ImageRow,
+    contamination.Print,
+    contamination.Contact,
+    contamination.BenchmarkCounts,
 ):
     coders.registry.register_coder(_record, coders.RowCoder)

@@ -12,6 +12,7 @@ import apache_beam as beam
 from apache_beam.pvalue import AsIter, AsSingleton
 from apache_beam.typehints.decorators import no_annotations
 
+from embeddings.contamination import BenchmarkCounts
 from shards.records import DeadLetter, Decision, ShardFile
 from shards.snapshot import KINDS, Destination, Manifest, commit, funnel_of, snapshot_id_of
 
@@ -60,8 +61,9 @@ def build_manifest(
     synthesised: int,
     encoders: Sequence[str],
     options: Mapping[str, Any],
+    benchmarks: Iterable[BenchmarkCounts] = (),
 ) -> Manifest:
-    """The manifest of a run, not yet named. Raises AssertionError where fates and inputs do not add up."""
+    """The manifest of a run, not yet named. The protected images' ids are among its options: other ones are another request. Raises AssertionError where fates and inputs do not add up."""
     by_kind: dict[str, Any] = {kind: [] for kind in KINDS}
     for file in sorted(set(files), key=lambda file: file.path):
         by_kind[file.kind].append(file)
@@ -70,6 +72,8 @@ def build_manifest(
         unit, fate, _, _ = key.split("/")
         by_unit[unit][fate] += count
     buckets = sorted(live)
+    sets = sorted(benchmarks)
+    protecting = {"decontaminate": {one.benchmark: one.ids_sha256 for one in sets}} if sets else {}
     manifest = Manifest(
         snapshot_id="",
         parent="",
@@ -77,12 +81,20 @@ def build_manifest(
         **by_kind,
         live_images=sum(count for _, count, _ in buckets),
         live_images_sha256=hashlib.sha256(b"".join(digest for _, _, digest in buckets)).hexdigest(),
-        options=options,
+        options={**options, **protecting},
         funnels={unit: funnel_of(by_unit[unit], inputs[unit], unit) for unit in by_unit},
         codes=dict(sorted(fates.items())),
         synthesised=synthesised,
         versions={name: importlib.metadata.version(name) for name in _VERSIONED}
         | {"encoders": sorted(encoders)},
+        decontaminated={
+            one.benchmark: {
+                "protected": one.protected,
+                "candidates": one.candidates,
+                "verified": one.verified,
+            }
+            for one in sets
+        },
     )
     packed, tombstones = (
         sum(file.num_records for file in files) for files in (manifest.media, manifest.tombstones)
@@ -109,6 +121,7 @@ def _metrics_json(
         "funnels": {unit: funnel._asdict() for unit, funnel in manifest.funnels.items()},
         "codes": dict(manifest.codes),
         "synthesised": manifest.synthesised,
+        "decontaminated": dict(manifest.decontaminated),
         "failures": failures,
         **facts.metrics,
     }
@@ -130,10 +143,11 @@ class _Commit(beam.DoFn):
         synthesised: int,
         encoders: Iterable[str],
         messages: Iterable[tuple[str, list[DeadLetter]]],
+        benchmarks: Iterable[BenchmarkCounts],
     ) -> Iterable[str]:
         inputs = {"image": image_inputs, "sample": sample_inputs}
         unnamed = build_manifest(
-            files, dict(fates), inputs, live, synthesised, list(encoders), self._facts.options
+            files, dict(fates), inputs, live, synthesised, list(encoders), self._facts.options, benchmarks
         )
         # Before the commit: what fails here leaves no half-told run.
         named = unnamed._replace(snapshot_id=snapshot_id_of(unnamed))
@@ -145,7 +159,7 @@ class _Commit(beam.DoFn):
 
 @dataclass
 class Commit(beam.PTransform):
-    """{files, decisions, dead, images, samples, live, synthesised, encoders} -> the snapshot's id.
+    """{files, decisions, dead, images, samples, live, synthesised, encoders, benchmarks} -> the snapshot's id.
 
     `images` and `samples` are the run's input, one element each, and are only counted; `synthesised` likewise. Everything meets in
     one DoFn as side inputs: file names and counts, never rows.
@@ -185,5 +199,6 @@ class Commit(beam.PTransform):
                 synthesised=count("synthesised"),
                 encoders=AsIter(encoders),
                 messages=AsIter(messages),
+                benchmarks=AsIter(inputs["benchmarks"]),
             ).with_output_types(str)
         )

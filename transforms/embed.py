@@ -1,6 +1,6 @@
 """Embed: references -> decoded, measured, embedded images. One fused stage: fetched bytes and pixels never leave the worker."""
 
-import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,26 +13,22 @@ from apache_beam.ml.inference.base import ModelHandler, RunInference
 from apache_beam.typehints.decorators import no_annotations
 
 from embeddings.encoder import Encoder, EncoderSpec, load_encoder
-from images.decode import DECODER, Limits, decode
-from images.fetch import fetch_known
+from images.decode import Decoded, DecodeMode, Limits, decoder_of
+from images.fetch import Reach, ref_rows
+from images.sandbox import shared_pool
+from images.sandbox_workers import MAY_PASS
 from shards.errors import BadData
-from shards.ids import digest, image_id_of
-from shards.ledger import ImageRow, Ledger, RefRow, image_key, ref_key
+from shards.ids import digest
+from shards.ledger import ImageRow, Ledger, RefRow, image_key
 from shards.records import EmbeddedImage, Geometry, ImageFacts, SourceImage
 from shards.snapshot import Destination
 from transforms.fates import DEAD, DECISIONS, Outcome, died
+from transforms.filesystems import fetcher_of
 from transforms.progress import ProgressFile
 
 STAGE = "decode"
-
-
-class FetchedImage(NamedTuple):
-    """One reference, fetched. `etag` is what its bytes were read under, empty where they changed meanwhile."""
-
-    image_id: bytes
-    source_image: SourceImage
-    encoded: bytes
-    etag: str
+_DECODED_AT_ONCE = 64
+"""References that a worker takes on together: enough to keep several decoders busy, few enough to lose little when it is killed."""
 
 
 class DecodedImage(NamedTuple):
@@ -42,18 +38,6 @@ class DecodedImage(NamedTuple):
     source_image: SourceImage
     facts: ImageFacts
     pixels: npt.NDArray[np.uint8]
-
-
-def fetch_image(source_image: SourceImage, limits: Limits) -> FetchedImage:
-    """Fetch and hash one reference. Raises BadData as `fetch` does."""
-    encoded, etag = fetch_known(source_image.ref, limits.max_bytes)
-    return FetchedImage(image_id_of(encoded), source_image, encoded, etag)
-
-
-def decode_image(fetched: FetchedImage, geometry: Geometry, limits: Limits) -> DecodedImage:
-    """Decode and measure. Raises BadData as `open_image` does."""
-    facts, pixels = decode(fetched.encoded, geometry, limits)
-    return DecodedImage(fetched.image_id, fetched.source_image, facts, pixels)
 
 
 def embed(encoder: Encoder, batch: Sequence[DecodedImage]) -> list[EmbeddedImage]:
@@ -95,11 +79,11 @@ class EncoderHandler(ModelHandler[DecodedImage, EmbeddedImage, Encoder]):  # typ
         return "embed"
 
 
-def image_row(image: EmbeddedImage) -> ImageRow:
-    """What the ledger keeps of an embedded image."""
+def image_row(image: EmbeddedImage, decoder: str) -> ImageRow:
+    """What the ledger keeps of an embedded image, whose pixels `decoder` gave."""
     facts = image.facts
     return ImageRow(
-        image_key(image.image_id, DECODER, image.encoder),
+        image_key(image.image_id, decoder, image.encoder),
         image.numerics,
         "",
         "",
@@ -111,90 +95,104 @@ def image_row(image: EmbeddedImage) -> ImageRow:
         facts.pixel_hash,
         facts.phash,
         facts.structure,
+        facts.entropy_milli,
+        facts.sharpness_milli,
+        facts.flat_ppm,
         image.embedding,
         image.scores,
     )
 
 
-def failure_row(fetched: FetchedImage, error: BadData, encoder: str, limits: Limits) -> ImageRow:
+def failure_row(
+    image_id: bytes, num_bytes: int, error: BadData, decoder: str, encoder: str, limits: Limits
+) -> ImageRow:
     """What the ledger keeps of bytes that are no image to us: what they are does not pass."""
-    key = image_key(fetched.image_id, DECODER, encoder)
-    return ImageRow(
-        key,
-        "",
-        error.code,
-        str(error),
-        limits.max_pixels,
-        len(fetched.encoded),
-        0,
-        0,
-        "",
-        b"",
-        b"",
-        b"",
-        b"",
-        b"",
-    )
+    key = image_key(image_id, decoder, encoder)
+    nothing = ("", b"", b"", b"", 0, 0, 0, b"", b"")
+    return ImageRow(key, "", error.code, str(error), limits.max_pixels, num_bytes, 0, 0, *nothing)
+
+
+class Reading(NamedTuple):
+    """How references become pixels: what reaches them, their caps, the model's geometry, and how faithfully they are decoded.
+
+    A worker has `decoders` processes that decode (0: as many as cores), and its encoder takes `images_at_once`.
+    """
+
+    reach: Reach
+    limits: Limits
+    geometry: Geometry
+    images_at_once: int
+    decoders: int
+    mode: DecodeMode = "exact"
 
 
 class _FetchAndDecode(beam.DoFn):
     """Also notes in the ledger what each reference led to, and what cannot be decoded."""
 
-    def __init__(
-        self, to: Destination, encoder: str, geometry: Geometry, limits: Limits, progress: str
-    ) -> None:
-        self._to, self._encoder, self._geometry, self._limits = to, encoder, geometry, limits
-        self._progress_folder = progress
+    def __init__(self, to: Destination, encoder: str, reading: Reading, progress: str) -> None:
+        self._to, self._encoder, self._reading = to, encoder, reading
+        self._decoder, self._progress_folder = decoder_of(reading.mode), progress
 
     def setup(self) -> None:
         self._refs = Ledger(self._to.storage, RefRow).writer(self._to.token)
         self._failures = Ledger(self._to.storage, ImageRow).writer(self._to.token)
         self._progress = ProgressFile(self._progress_folder, "images")
+        self._pool = shared_pool(self._reading.limits, self._reading.decoders)
         self._decoded = Metrics.counter(STAGE, "decoded")
-        self._msec = Metrics.distribution(STAGE, "decode_msec")
 
-    def process(self, source_image: SourceImage) -> Iterator[Any]:
-        started = time.perf_counter()
-        decoded = self._try(source_image)
-        self._msec.update(round((time.perf_counter() - started) * 1000))
-        self._progress.advance()
-        if isinstance(decoded, DecodedImage):
-            self._decoded.inc()
-            yield decoded
-        else:
-            yield from died("image", decoded.item_id, STAGE, decoded.code, source_image.origin, str(decoded))
+    def process(self, batch: Sequence[SourceImage]) -> Iterator[Any]:
+        """Bytes are fetched as the pool has room for them; `met` remembers what was fetched and not decoded yet."""
+        met: deque[tuple[SourceImage, bytes, int]] = deque()
+        reading = self._reading
+        for decoded in self._pool.decode_all(self._fetched(batch, met), reading.geometry, reading.mode):
+            self._progress.advance()
+            source_image, image_id, num_bytes = met.popleft()
+            if isinstance(decoded, Decoded):
+                self._decoded.inc()
+                yield DecodedImage(image_id, source_image, decoded.facts, decoded.pixels)
+                continue
+            if image_id and decoded.code not in MAY_PASS:
+                self._failures.append(
+                    failure_row(image_id, num_bytes, decoded, self._decoder, self._encoder, reading.limits)
+                )
+            yield from died("image", image_id, STAGE, decoded.code, source_image.origin, str(decoded))
 
-    def _try(self, source_image: SourceImage) -> DecodedImage | BadData:
-        try:
-            fetched = fetch_image(source_image, self._limits)
-        except BadData as error:  # not noted: it may pass
-            return error
-        if fetched.etag:
-            key = ref_key(source_image.ref, fetched.etag)
-            self._refs.append(RefRow(key, fetched.image_id, len(fetched.encoded)))
-        try:
-            return decode_image(fetched, self._geometry, self._limits)
-        except BadData as error:
-            self._failures.append(failure_row(fetched, error, self._encoder, self._limits))
-            return BadData(error.code, str(error), fetched.image_id)
+    def _fetched(
+        self, batch: Sequence[SourceImage], met: deque[tuple[SourceImage, bytes, int]]
+    ) -> Iterator[bytes | BadData]:
+        refs = [source_image.ref for source_image in batch]
+        for source_image, fetched in zip(
+            batch, fetcher_of(self._reading.reach).fetch_ahead(refs), strict=True
+        ):
+            if isinstance(fetched, BadData):  # not noted in the ledger: it may pass
+                met.append((source_image, b"", 0))
+                yield fetched
+                continue
+            for row in ref_rows(source_image.ref, fetched):
+                self._refs.append(row)
+            met.append((source_image, fetched.image_id, len(fetched.encoded)))
+            yield fetched.encoded
 
     def finish_bundle(self) -> None:
         self._refs.flush()
         self._failures.flush()
         self._progress.write()
 
+    def teardown(self) -> None:
+        self._pool.close()
+
 
 class _Remember(beam.DoFn):
     """Notes every image in the ledger as it comes from the encoder, so that a killed run goes on where it was."""
 
-    def __init__(self, to: Destination) -> None:
-        self._to = to
+    def __init__(self, to: Destination, decoder: str) -> None:
+        self._to, self._decoder = to, decoder
 
     def setup(self) -> None:
         self._images = Ledger(self._to.storage, ImageRow).writer(self._to.token)
 
     def process(self, image: EmbeddedImage) -> Iterator[EmbeddedImage]:
-        self._images.append(image_row(image))
+        self._images.append(image_row(image, self._decoder))
         yield image
 
     def finish_bundle(self) -> None:
@@ -235,21 +233,26 @@ class EmbedImages(beam.PTransform):
 
     spec: EncoderSpec
     encoder: str
-    geometry: Geometry
-    images_at_once: int
-    limits: Limits
+    reading: Reading
     to: Destination
     progress: str = ""
+    mode: DecodeMode = "exact"
 
     @no_annotations
     def expand(self, references: beam.PCollection[SourceImage]) -> Outcome:
-        decoded = references | "FetchAndDecode" >> beam.ParDo(
-            _FetchAndDecode(self.to, self.encoder, self.geometry, self.limits, self.progress)
-        ).with_outputs(DECISIONS, DEAD, main="images")
+        images_at_once, decoder = self.reading.images_at_once, decoder_of(self.reading.mode)
+        decoded = (
+            references
+            | "Batch" >> beam.BatchElements(min_batch_size=_DECODED_AT_ONCE, max_batch_size=_DECODED_AT_ONCE)
+            | "FetchAndDecode"
+            >> beam.ParDo(_FetchAndDecode(self.to, self.encoder, self.reading, self.progress)).with_outputs(
+                DECISIONS, DEAD, main="images"
+            )
+        )
         embedded = (
             decoded.images
             | "RunEncoder"
-            >> RunInference(EncoderHandler(self.spec, self.images_at_once)).with_output_types(EmbeddedImage)
-            | "Remember" >> beam.ParDo(_Remember(self.to)).with_output_types(EmbeddedImage)
+            >> RunInference(EncoderHandler(self.spec, images_at_once)).with_output_types(EmbeddedImage)
+            | "Remember" >> beam.ParDo(_Remember(self.to, decoder)).with_output_types(EmbeddedImage)
         )
         return Outcome(embedded, decoded[DECISIONS], decoded[DEAD])

@@ -1,6 +1,6 @@
 """Recall: references that the ledger knows -> their embedded images, neither fetched nor decoded nor embedded again."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,25 +10,28 @@ from apache_beam.pvalue import TaggedOutput
 from apache_beam.typehints.decorators import no_annotations
 
 from images.decode import Limits
-from images.fetch import etag_of, fetch_known
+from images.fetch import Reach, ref_rows
 from shards.errors import BadData
-from shards.ids import image_id_of
 from shards.ledger import ImageRow, Ledger, RefRow, Segment, image_key, read_segment, ref_key
-from shards.records import EmbeddedImage, SourceImage
+from shards.records import EmbeddedImage, MediaRef, SourceImage
 from shards.snapshot import Destination
 from shards.storage import storage_of
 from transforms.fates import DEAD, DECISIONS, died
+from transforms.filesystems import fetcher_of
 from transforms.progress import ProgressFile
 
 STAGE = "decode"
 """A recalled failure reads as if it had been met now."""
 UNKNOWN = "unknown"
+_ASKED_AT_ONCE = 256
+"""References that a worker looks up together, so that requests to buckets overlap, and an archive is asked about once."""
 
 
 class Memory(NamedTuple):
     """What may be recalled: segments of this folder's ledger and of `--reuse-from`, and what their rows must have been made by.
 
-    `trust_refs`: a file whose size and times are those of the ledger is taken for unchanged; else it is read and hashed.
+    `trust_refs`: a file whose size and times are those of the ledger is taken for unchanged; else it is read and hashed. `spooled` are
+    uris of spool files that are there.
     """
 
     refs: Sequence[Segment]
@@ -37,6 +40,14 @@ class Memory(NamedTuple):
     encoder: str
     numerics: str
     trust_refs: bool
+    spooled: Set[str] = frozenset()
+
+
+class Known(NamedTuple):
+    """Identified references as (image_id, SourceImage), and those of which the ledger says nothing."""
+
+    identified: beam.PCollection
+    unseen: beam.PCollection
 
 
 class Recalled(NamedTuple):
@@ -46,6 +57,20 @@ class Recalled(NamedTuple):
     decisions: beam.PCollection
     dead: beam.PCollection
     unknown: beam.PCollection
+
+
+def recall_reference(
+    source_image: SourceImage, rows: Iterable[RefRow], spooled: Set[str]
+) -> tuple[bytes, SourceImage] | None:
+    """What rows of one key say of a reference: its image_id, and its copy in the spool where there is one; None for nothing or void."""
+    known = sorted(rows)
+    if not known or not known[0].image_id:
+        return None
+    for row in known:
+        if row.image_id == known[0].image_id and row.spool_uri in spooled:
+            source_image = source_image._replace(ref=MediaRef(row.spool_uri, row.spool_offset, row.num_bytes))
+            break
+    return known[0].image_id, source_image
 
 
 def choose_row(rows: Iterable[ImageRow], numerics: str) -> ImageRow | None:
@@ -69,42 +94,47 @@ def recall_image(
     )
 
 
-def _keyed_by_state(source_image: SourceImage) -> tuple[bytes, SourceImage]:
-    return ref_key(source_image.ref, etag_of(source_image.ref)), source_image
+class _KeyByState(beam.DoFn):
+    def __init__(self, reach: Reach) -> None:
+        self._reach = reach
+
+    def process(self, batch: Sequence[SourceImage]) -> Iterator[tuple[bytes, SourceImage]]:
+        etags = fetcher_of(self._reach).etags([source_image.ref for source_image in batch])
+        for source_image, etag in zip(batch, etags, strict=True):
+            yield ref_key(source_image.ref, etag), source_image
 
 
 class _JoinRefs(beam.DoFn):
     """Gives (image_id, reference) where the ledger knows it, else the reference."""
 
+    def __init__(self, spooled: Set[str]) -> None:
+        self._spooled = spooled
+
     def process(self, joined: tuple[bytes, Mapping[str, Iterable[Any]]]) -> Iterator[Any]:
         _, groups = joined
-        row = min(groups["rows"], default=None)
+        rows = list(groups["rows"])
         for source_image in groups["references"]:
-            if row is not None and row.image_id:
-                yield row.image_id, source_image
-            else:
-                yield TaggedOutput(UNKNOWN, source_image)
+            yield recall_reference(source_image, rows, self._spooled) or TaggedOutput(UNKNOWN, source_image)
 
 
 class _Identify(beam.DoFn):
     """Reads and hashes a reference, which costs little beside decoding and embedding: the same image may be known elsewhere."""
 
-    def __init__(self, to: Destination, limits: Limits) -> None:
-        self._to, self._limits = to, limits
+    def __init__(self, to: Destination, reach: Reach) -> None:
+        self._to, self._reach = to, reach
 
     def setup(self) -> None:
         self._refs = Ledger(self._to.storage, RefRow).writer(self._to.token)
 
-    def process(self, source_image: SourceImage) -> Iterator[Any]:
-        try:
-            encoded, etag = fetch_known(source_image.ref, self._limits.max_bytes)
-        except BadData:
-            yield TaggedOutput(UNKNOWN, source_image)  # to fail again where its fate is recorded
-            return
-        image_id = image_id_of(encoded)
-        if etag:
-            self._refs.append(RefRow(ref_key(source_image.ref, etag), image_id, len(encoded)))
-        yield image_id, source_image
+    def process(self, batch: Sequence[SourceImage]) -> Iterator[Any]:
+        refs = [source_image.ref for source_image in batch]
+        for source_image, fetched in zip(batch, fetcher_of(self._reach).fetch_ahead(refs), strict=True):
+            if isinstance(fetched, BadData):
+                yield TaggedOutput(UNKNOWN, source_image)  # to fail again where its fate is recorded
+                continue
+            for row in ref_rows(source_image.ref, fetched):
+                self._refs.append(row)
+            yield fetched.image_id, source_image
 
     def finish_bundle(self) -> None:
         self._refs.flush()
@@ -159,53 +189,85 @@ class ReadLedger(beam.PTransform):
         )
 
 
+def _batches() -> beam.BatchElements:
+    return beam.BatchElements(min_batch_size=_ASKED_AT_ONCE, max_batch_size=_ASKED_AT_ONCE)
+
+
+_IDENTIFIED = beam.typehints.Tuple[bytes, SourceImage]
+
+
+@dataclass
+class RecallReferences(beam.PTransform):
+    """PCollection[SourceImage], each once -> Known: a reference is known by what its file's size and times were.
+
+    Without a ledger, or where it is not trusted, nothing is read and everything is unseen. Shuffled: references and rows of the ledger.
+    """
+
+    memory: Memory
+    reach: Reach
+
+    @no_annotations
+    def expand(self, references: beam.PCollection[SourceImage]) -> Known:
+        if not (self.memory.refs and self.memory.trust_refs):
+            nothing = references.pipeline | "NothingKnown" >> beam.Create([]).with_output_types(_IDENTIFIED)
+            return Known(nothing, references)
+        seen = (
+            {
+                "references": references
+                | "BatchReferences" >> _batches()
+                | "ByState" >> beam.ParDo(_KeyByState(self.reach)).with_output_types(_IDENTIFIED),
+                "rows": references.pipeline | "ReadRefs" >> ReadLedger(self.memory.refs, RefRow),
+            }
+            | "JoinRefs" >> beam.CoGroupByKey()
+            | "KnownRefs"
+            >> beam.ParDo(_JoinRefs(self.memory.spooled))
+            .with_output_types(_IDENTIFIED)
+            .with_outputs(UNKNOWN, main="known")
+        )
+        return Known(seen.known, seen[UNKNOWN])
+
+
 @dataclass
 class RecallImages(beam.PTransform):
-    """PCollection[SourceImage], each once -> Recalled.
+    """Known -> Recalled: an image is known by the hash of its bytes. What is not identified yet is read and hashed.
 
-    A reference is known by its file's size and times, or, where those are not trusted or not known, by the hash of its bytes. Without
-    a ledger nothing is read and everything is unknown. Shuffled: references, and rows of the ledger with their embeddings.
+    Without a ledger nothing is read and everything is unknown. Shuffled: references, and rows of the ledger with their embeddings.
     """
 
     memory: Memory
     limits: Limits
+    reach: Reach
     to: Destination
     progress: str = ""
 
     @no_annotations
-    def expand(self, references: beam.PCollection[SourceImage]) -> Recalled:
-        if not self.memory.images:
-            nothing = references.pipeline | "NothingRecalled" >> beam.Create([])
-            return Recalled(nothing, nothing, nothing, references)
-        identified = beam.typehints.Tuple[bytes, SourceImage]
-        memory = self.memory
-        unseen, known = references, []
-        if memory.trust_refs:
-            by_state = {
-                "references": references
-                | "ByState"
-                >> beam.Map(_keyed_by_state).with_output_types(beam.typehints.Tuple[bytes, SourceImage]),
-                "rows": references.pipeline | "ReadRefs" >> ReadLedger(memory.refs, RefRow),
-            } | "JoinRefs" >> beam.CoGroupByKey()
-            seen = by_state | "KnownRefs" >> beam.ParDo(_JoinRefs()).with_output_types(
-                identified
-            ).with_outputs(UNKNOWN, main="known")
-            unseen, known = seen[UNKNOWN], [seen.known]
-        hashed = unseen | "Identify" >> beam.ParDo(_Identify(self.to, self.limits)).with_output_types(
-            identified
-        ).with_outputs(UNKNOWN, main="known")
+    def expand(self, references: Known) -> Recalled:
+        memory, pipeline = self.memory, references.unseen.pipeline
+        if not memory.images:
+            nothing = pipeline | "NothingRecalled" >> beam.Create([])
+            identified = references.identified | "Forget" >> beam.Values().with_output_types(SourceImage)
+            unknown = (identified, references.unseen) | "AllUnknown" >> beam.Flatten()
+            return Recalled(nothing, nothing, nothing, unknown)
+        hashed = (
+            references.unseen
+            | "BatchUnseen" >> _batches()
+            | "Identify"
+            >> beam.ParDo(_Identify(self.to, self.reach))
+            .with_output_types(_IDENTIFIED)
+            .with_outputs(UNKNOWN, main="known")
+        )
         by_key = (
-            (*known, hashed.known)
+            (references.identified, hashed.known)
             | "Identified" >> beam.Flatten()
             | "ByImageKey"
             >> beam.Map(
                 lambda pair: (image_key(pair[0], memory.decoder, memory.encoder), pair)
-            ).with_output_types(beam.typehints.Tuple[bytes, identified])
+            ).with_output_types(beam.typehints.Tuple[bytes, _IDENTIFIED])
         )
         recalled = (
             {
                 "references": by_key,
-                "rows": references.pipeline | "ReadImages" >> ReadLedger(memory.images, ImageRow),
+                "rows": pipeline | "ReadImages" >> ReadLedger(memory.images, ImageRow),
             }
             | "JoinImages" >> beam.CoGroupByKey()
             | "Recall"

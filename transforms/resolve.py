@@ -107,9 +107,9 @@ class JudgeImages(beam.PTransform):
         return judged.fates, judged.kept, judged[DECISIONS]
 
 
-def fate_of_dead(row: Decision) -> tuple[bytes, ImageFate]:
-    """The keyed fate of a reference that could not be fetched or decoded."""
-    return place(row.source, row.name, row.offset), ImageFate("dead", row.code, row.id, b"", False, [])
+def fate_of_unused(row: Decision) -> tuple[bytes, ImageFate]:
+    """The keyed fate of a reference that could not be fetched or decoded, or was filtered."""
+    return place(row.source, row.name, row.offset), ImageFate(row.fate, row.code, row.id, b"", False, [])
 
 
 # From fates of references to samples.
@@ -120,8 +120,8 @@ def resolve_sample(
 ) -> Sample | Decision:
     """The sample with keepers put in, or the decision that ends it. `fates` in the order of its images.
 
-    It survives iff none of its images is dead, and each near duplicate, under `merge`, has a keeper of the same decoded pixels.
-    Raises RunFailed for a dead image under `on_missing` `fail`.
+    It survives iff none of its images is dead or filtered, and each near duplicate, under `merge`, has a keeper of the same decoded pixels.
+    Raises RunFailed for a dead image under `on_missing` `fail`; a filtered one is no failure: it was asked for.
     """
     original_id = sample_id_of([fate.image_id for fate in fates], sample.conversation)
     for fate in fates:
@@ -132,6 +132,17 @@ def resolve_sample(
                 )
             item_id = original_id if all(f.image_id for f in fates) else b""
             return decision("sample", "dead", item_id, STAGE, f"image_{fate.code}", sample.origin)
+    for fate in fates:
+        if fate.fate == "filtered":
+            return decision(
+                "sample",
+                "filtered",
+                original_id,
+                STAGE,
+                f"image_{fate.code}",
+                sample.origin,
+                other_id=fate.image_id,
+            )
     for fate in fates:
         if fate.fate == "duplicate" and not (on_duplicate == "merge" and fate.same_pixels):
             return decision(
@@ -155,6 +166,8 @@ def resolve_sample(
         origin=sample.origin,
         from_ids=[original_id],
         license=sample.license,
+        language=sample.language,
+        weight=sample.weight,
         extra_json=sample.extra_json,
         provenance=FROM_SOURCE,
     )

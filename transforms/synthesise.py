@@ -11,7 +11,8 @@ from apache_beam.pvalue import TaggedOutput
 from apache_beam.typehints.decorators import no_annotations
 
 from images.decode import Limits, as_jpeg
-from images.fetch import fetch_again
+from images.fetch import Reach
+from images.sandbox import DecodePool, shared_pool
 from shards.errors import BadData
 from shards.ids import sample_id_of
 from shards.records import DeadLetter, PlannedImage, Sample
@@ -19,6 +20,7 @@ from synthesis.client import ChatClient
 from synthesis.generate import synthesise
 from synthesis.prompts import PromptPair
 from transforms.fates import DEAD, dead_letter
+from transforms.filesystems import fetcher_of
 from transforms.progress import ProgressFile
 
 STAGE = "synthesise"
@@ -26,16 +28,18 @@ STAGE = "synthesise"
 
 class Backend(NamedTuple):
     """Who is asked, and how: at most `max_pixels` pixels of an image are sent, none where that is None; `concurrency` images at
-    a time per worker."""
+    a time per worker, which has `decoders` processes for re-encoding."""
 
     client: ChatClient
     prompts: PromptPair
     max_pixels: int | None
     limits: Limits
+    reach: Reach
+    decoders: int
     concurrency: int
 
 
-def synthesise_sample(planned: PlannedImage, backend: Backend) -> Sample | DeadLetter:
+def synthesise_sample(planned: PlannedImage, backend: Backend, pool: DecodePool) -> Sample | DeadLetter:
     """One question and one answer about an image as a sample, or the dead letter of the call that failed.
 
     The bytes are read again by reference and their hash is checked; the model gets our own re-encoding, or, where it sees no
@@ -44,8 +48,8 @@ def synthesise_sample(planned: PlannedImage, backend: Backend) -> Sample | DeadL
     try:
         jpeg = None
         if backend.max_pixels is not None:
-            encoded = fetch_again(planned.source_image.ref, planned.image_id, backend.limits.max_bytes)
-            jpeg = as_jpeg(encoded, backend.max_pixels, backend.limits)
+            encoded = fetcher_of(backend.reach).fetch_again(planned.source_image.ref, planned.image_id)
+            jpeg = pool.run(as_jpeg, encoded, backend.max_pixels, backend.limits)
         conversation, provenance = synthesise(planned, jpeg, backend.client, backend.prompts)
     except BadData as error:
         return dead_letter(planned.image_id, STAGE, error.code, planned.source_image.origin, str(error))
@@ -57,6 +61,8 @@ def synthesise_sample(planned: PlannedImage, backend: Backend) -> Sample | DeadL
         origin=planned.source_image.origin,
         from_ids=[],
         license="",
+        language="",
+        weight=1.0,
         extra_json="{}",
         provenance=provenance,
     )
@@ -67,11 +73,14 @@ class _Synthesise(beam.DoFn):
         self._backend, self._progress_folder = backend, progress
 
     def setup(self) -> None:
-        self._pool = ThreadPoolExecutor(self._backend.concurrency)
+        self._callers = ThreadPoolExecutor(self._backend.concurrency)
+        self._pool = shared_pool(self._backend.limits, self._backend.decoders)
         self._progress = ProgressFile(self._progress_folder, "conversations")
 
     def process(self, batch: Sequence[PlannedImage]) -> Iterator[Any]:
-        for result in self._pool.map(lambda planned: synthesise_sample(planned, self._backend), batch):
+        for result in self._callers.map(
+            lambda planned: synthesise_sample(planned, self._backend, self._pool), batch
+        ):
             self._progress.advance()
             if isinstance(result, Sample):
                 Metrics.counter(STAGE, "samples").inc()
@@ -84,7 +93,8 @@ class _Synthesise(beam.DoFn):
         self._progress.write()
 
     def teardown(self) -> None:
-        self._pool.shutdown()
+        self._callers.shutdown()
+        self._pool.close()
         self._backend.client.close()
 
 

@@ -15,7 +15,7 @@ from apache_beam.metrics import Metrics
 from apache_beam.pvalue import AsSingleton, TaggedOutput
 from apache_beam.typehints.decorators import no_annotations
 
-from images.fetch import etag_of, fetch_again
+from images.fetch import Reach
 from shards import tables
 from shards.errors import BadData
 from shards.ids import digest, shard_of
@@ -24,6 +24,7 @@ from shards.packs import ToPack, num_shards_for, write_media
 from shards.records import DeadLetter, Decision, NamedImage, Sample, ShardFile
 from shards.snapshot import Destination
 from transforms.fates import DEAD, dead_letter
+from transforms.filesystems import fetcher_of
 
 STAGE = "write"
 
@@ -44,7 +45,7 @@ class CountShards(beam.PTransform):
 
 
 def pack_images(
-    shard: int, images: Iterable[NamedImage], to: Destination, max_bytes: int, max_shard_bytes: int
+    shard: int, images: Iterable[NamedImage], to: Destination, reach: Reach, max_shard_bytes: int
 ) -> Iterator[ShardFile | DeadLetter]:
     """Pack the images of one shard, re-reading each and checking its hash.
 
@@ -53,15 +54,23 @@ def pack_images(
     """
     letters: list[DeadLetter] = []
     refs = Ledger(to.storage, RefRow).writer(to.token)
+    fetcher = fetcher_of(reach)
+    images = sorted(images, key=lambda image: image.image_id)  # the order in which they are packed
+    fetched = zip(
+        images,
+        fetcher.fetch_all_again([(image.source_image.ref, image.image_id) for image in images]),
+        strict=True,
+    )
 
     def read(image: NamedImage) -> bytes | None:
         ref, origin = image.source_image.ref, image.source_image.origin
-        try:
-            return fetch_again(ref, image.image_id, max_bytes)
-        except BadData as error:
-            letters.append(dead_letter(image.image_id, STAGE, error.code, origin, str(error)))
-            refs.append(RefRow(ref_key(ref, etag_of(ref)), b"", 0))
+        met, got = next(fetched)
+        assert met is image
+        if isinstance(got, BadData):
+            letters.append(dead_letter(image.image_id, STAGE, got.code, origin, str(got)))
+            refs.append(RefRow(ref_key(ref, fetcher.etag(ref)), b"", 0))
             return None
+        return got
 
     todo = [ToPack(image.image_id, image.num_bytes, functools.partial(read, image)) for image in images]
     yield from write_media(to.storage, to.token, shard, todo, max_shard_bytes)
@@ -91,7 +100,7 @@ class WriteMedia(beam.PTransform):
     """
 
     to: Destination
-    max_bytes: int
+    reach: Reach
     max_shard_bytes: int
 
     @no_annotations
@@ -105,7 +114,7 @@ class WriteMedia(beam.PTransform):
             ).with_output_types(tuple[int, NamedImage])
             | "GroupByShard" >> beam.GroupByKey()
             | "WritePack"
-            >> beam.ParDo(_WriteMedia(self.to, self.max_bytes, self.max_shard_bytes))
+            >> beam.ParDo(_WriteMedia(self.to, self.reach, self.max_shard_bytes))
             .with_output_types(ShardFile)
             .with_outputs(DEAD, main="files")
         )

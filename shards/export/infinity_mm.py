@@ -18,7 +18,8 @@ _TAGS, _SCORES = "ram++_tags", "ram++_tags_score"
 def infinity_mm_record(sample: Sample, names: list[str]) -> dict[str, Any]:
     """A sample as an Infinity-MM record whose images are the tar's members `names`.
 
-    The fields of the record that was read come back unchanged. What it lacked is filled in: `id`, `source`, the stated `license`,
+    The fields of the record that was read come back unchanged, `image` too where a tar's record called its pictures otherwise than the
+    tar: a reader finds them beside the record. What it lacked is filled in: `id`, `source`, the stated `license`,
     and this snapshot's tags under the format's names, with scores in [0, 1]. `phash` and `qw2vl_loss` are never made up: readers
     would filter by them. A synthesised sample says its `generator`.
     """
@@ -36,7 +37,7 @@ def infinity_mm_record(sample: Sample, names: list[str]) -> dict[str, Any]:
         "id": record_id,
         "source": rest.pop("source"),
         "conversations": turns_of(sample),
-        **image_field(names),
+        **({} if rest.keys() & {"image", "images"} else image_field(names)),
         **rest,
     }
 

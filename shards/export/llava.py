@@ -14,7 +14,7 @@ from shards.snapshot import Snapshot
 def llava_record(sample: Sample, names: list[str]) -> dict[str, Any]:
     """A sample as a LLaVA record whose images are the files `names`.
 
-    A record that was read from JSON comes back with its own fields, unchanged, and gets nothing but a missing `id` or `license`.
+    A record that was read from JSON comes back with its own fields but the names of its images, unchanged, and gets nothing but a missing `id` or `license`.
     Any other sample (an image without text, a synthesised conversation) says its `source`, `tags` and `generator`.
     """
     rest = json.loads(sample.extra_json) or {
@@ -22,6 +22,8 @@ def llava_record(sample: Sample, names: list[str]) -> dict[str, Any]:
         "tags": [tag.name for tag in sample.tags],
         "generator": sample.provenance.generator,
     }
+    for field in ("image", "images"):
+        rest.pop(field, None)  # what a tar's record called its pictures, which have other names here
     if sample.license:
         rest.setdefault("license", sample.license)
     return {

@@ -40,7 +40,7 @@ def sample_of(image_id: bytes, text: str, offset: int, provenance: Provenance = 
     sample_id = sample_id_of([image_id], turns)
     tags = [Tag("tabby", 700), Tag("tiger & cat", 200)]
     from_ids = [sample_id] if provenance is FROM_SOURCE else []
-    return Sample(sample_id, [image_id], turns, tags, origin, from_ids, "", "{}", provenance)
+    return Sample(sample_id, [image_id], turns, tags, origin, from_ids, "", "", 1.0, "{}", provenance)
 
 
 class SmallSnapshot:
@@ -119,7 +119,8 @@ class SmallSnapshot:
                     "name": "photos",
                     "path": str(self.source),
                     "format": "files",
-                    "root": str(self.source),
+                    "folder": str(self.source),
+                    "image_root": "",
                     "priority": 0,
                 }
             ],

@@ -117,6 +117,7 @@ def test_a_job_in_a_bucket_crashes_resumes_races_and_is_read(
         "manifest.json": 1,
         "CURRENT": 1,
         "metrics.json": 1,
+        "request.json": 1,
     }  # staged, then moved
 
     # One image more, and two runs from one base that commit at the same moment: one does.

@@ -17,7 +17,7 @@ from PIL import Image
 from beam_pipelines.curate_images import curate
 from beam_pipelines.options import parse_options
 from beam_pipelines.planting import BROKEN, CHANGES, flatten, invoice, png
-from images.fetch import fetch_again
+from images.fetch import Fetcher
 from shards.errors import BadData, BadRequest, RunFailed
 from shards.files import uri_of
 from shards.ids import image_id_of
@@ -26,7 +26,7 @@ from shards.records import MediaRef
 from shards.snapshot import Snapshot, commit, open_snapshot
 from shards.verify import verify_snapshot
 from transforms import commit as commit_stage
-from transforms import read, write
+from transforms import read
 
 CHANGED = ("jpeg30", "half", "grey", "crop50")
 
@@ -176,7 +176,7 @@ def test_funnels_media_and_tables_agree(snapshot: Snapshot) -> None:
 def test_nothing_of_this_machine_is_in_the_snapshot(snapshot: Snapshot) -> None:
     root = str(
         Path(
-            json.loads((Path(snapshot.storage.root) / "metrics.json").read_text())["sources"][0]["root"]
+            json.loads((Path(snapshot.storage.root) / "metrics.json").read_text())["sources"][0]["folder"]
         ).parent
     ).encode()
     files = [*snapshot.manifest.files()]
@@ -221,8 +221,9 @@ MODES = {
 def test_the_same_input_gives_the_same_bytes(
     inputs: list[str], snapshot: Snapshot, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    in_order = read.read_samples
-    monkeypatch.setattr(read, "read_samples", lambda source: reversed(list(in_order(source))))
+    files, records = read.files_of, read.read_file
+    monkeypatch.setattr(read, "files_of", lambda *given: reversed(list(files(*given))))
+    monkeypatch.setattr(read, "read_file", lambda *given: reversed(list(records(*given))))
     again = run(moved(inputs, tmp_path / "in"), tmp_path / "out", *MODES[mode])
     assert again.id == snapshot.id
     assert digest(again) == digest(snapshot)
@@ -256,12 +257,14 @@ def test_an_image_that_changes_during_the_run_takes_its_samples_along(
 ) -> None:
     folder = Path(inputs[1].split("=")[1])
 
-    def changed(ref: MediaRef, image_id: bytes, max_bytes: int) -> bytes:
+    fetch_again = Fetcher.fetch_again
+
+    def changed(self: Fetcher, ref: MediaRef, image_id: bytes) -> bytes:
         if ref.uri.endswith("invoice1.png"):
             raise BadData("source_changed", "holds other bytes", image_id)
-        return fetch_again(ref, image_id, max_bytes)
+        return fetch_again(self, ref, image_id)
 
-    monkeypatch.setattr(write, "fetch_again", changed)
+    monkeypatch.setattr(Fetcher, "fetch_again", changed)
     if on_missing == "fail":
         for index in range(3):
             (tmp_path / f"invoice{index}.png").write_bytes((folder / f"invoice{index}.png").read_bytes())
@@ -440,7 +443,7 @@ def test_an_interrupted_run_leaves_no_process_and_no_trace(
     time.sleep(1)
     left = [pid for pid in os.listdir("/proc") if pid.isdigit() and _session_of(int(pid)) == child.pid]
     assert left == []
-    assert {path.name for path in out.iterdir()} <= {"ledger", ".runs"}
+    assert {path.name for path in out.iterdir()} <= {"ledger", ".runs", "request.json"}
 
 
 def _session_of(pid: int) -> int:

@@ -183,7 +183,9 @@ def test_the_page_stays_bounded(tmp_path, monkeypatch):
         json.dumps(
             {
                 "snapshot_id": open_snapshot(str(out)).id,
-                "sources": [{"name": "photos", "path": "/", "format": "files", "root": "/"}],
+                "sources": [
+                    {"name": "photos", "path": "/", "format": "files", "folder": "/", "image_root": ""}
+                ],
             }
         )
     )

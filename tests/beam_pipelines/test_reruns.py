@@ -13,7 +13,8 @@ from PIL import Image
 from beam_pipelines.curate_images import curate
 from beam_pipelines.options import parse_options
 from embeddings.encoder import Encoder
-from images import fetch
+from images import files
+from images.fetch import Fetcher
 from shards.collect import collect, find_garbage
 from shards.compact import compact
 from shards.errors import BadRequest
@@ -21,7 +22,6 @@ from shards.ledger import Ledger, RefRow
 from shards.snapshot import Destination, Snapshot
 from shards.storage import storage_of
 from shards.verify import verify_snapshot
-from transforms import embed, recall
 
 SMALL = "40KB"
 
@@ -39,19 +39,20 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[Work]:
     done = Work()
     encode = Encoder.encode
 
-    def counted_fetch(ref, max_bytes):
+    fetch_known = Fetcher.fetch_known
+
+    def counted_fetch(self, ref):
         done.fetched.append(Path(ref.uri).name)
-        return fetch.fetch_known(ref, max_bytes)
+        return fetch_known(self, ref)
 
     def counted_encode(self, pixels):
         done.embedded += len(pixels)
         return encode(self, pixels)
 
-    monkeypatch.setattr(embed, "fetch_known", counted_fetch)
-    monkeypatch.setattr(recall, "fetch_known", counted_fetch)
+    monkeypatch.setattr(Fetcher, "fetch_known", counted_fetch)
     monkeypatch.setattr(Encoder, "encode", counted_encode)
-    monkeypatch.setattr(fetch, "_CLOCK_TICK_NS", 0)
-    monkeypatch.setattr(fetch, "_COARSE_TICK_NS", 0)
+    monkeypatch.setattr(files, "_CLOCK_TICK_NS", 0)
+    monkeypatch.setattr(files, "_COARSE_TICK_NS", 0)
     return done
 
 
@@ -242,12 +243,10 @@ def test_a_reference_that_lied_is_void(photos, tmp_path, work, monkeypatch) -> N
     """Same size and times, other bytes, as after a disk's fault: found when the image is packed, not believed again."""
     run(photos, tmp_path / "one")
     path = photos / "07.jpg"
-    etag = fetch.etag_of
-    known = {path: etag(fetch.MediaRef(str(path), 0, -1)) for path in photos.glob("*.jpg")}
+    state = files.LocalFiles.state
+    known = {str(path): state(files.LocalFiles(), str(path)) for path in photos.glob("*.jpg")}
     path.write_bytes(picture(70)[:-1] + b"\xd9")
-    for module in (fetch, recall):
-        monkeypatch.setattr(module, "etag_of", lambda ref: known.get(Path(ref.uri)) or etag(ref))
-    monkeypatch.setattr("transforms.write.etag_of", lambda ref: known.get(Path(ref.uri)) or etag(ref))
+    monkeypatch.setattr(files.LocalFiles, "state", lambda self, uri: known.get(uri) or state(self, uri))
     reuse = {"reuse_from": [str(tmp_path / "one")]}
     lied = run(photos, tmp_path / "two", **reuse)
     codes = {

@@ -20,7 +20,9 @@ def image(
     pixels: bytes = b"",
 ) -> EmbeddedImage:
     unit = vector / np.linalg.norm(vector)
-    facts = ImageFacts(width, 10, 100, "PNG", pixels or name.encode(), phash.to_bytes(8, "little"), structure)
+    facts = ImageFacts(
+        width, 10, 100, "PNG", pixels or name.encode(), phash.to_bytes(8, "little"), structure, 0, 0, 0
+    )
     source = SourceImage(Origin(priority, "s", name, 0), MediaRef(name, 0, 1))
     return EmbeddedImage(
         image_id_of(name.encode()), source, facts, unit.astype("<f2").tobytes(), b"", "encoder", "cpu"

@@ -13,6 +13,8 @@ import apache_beam as beam
 import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
 
+from images.fetch import Reach
+from images.web import WebOptions
 from shards import tables
 from shards.collect import find_garbage
 from shards.ids import image_id_of, sample_id_of
@@ -145,7 +147,7 @@ def samples_of(number: int) -> Iterator[Sample]:
         turns = [Turn("human", "<image>?"), Turn("gpt", f"answer {number} {offset}")]
         sample_id = sample_id_of([image_id], turns)
         origin = Origin(0, "made", f"{number}.png", offset)
-        yield Sample(sample_id, [image_id], turns, [], origin, [sample_id], "", "{}", FROM_SOURCE)
+        yield Sample(sample_id, [image_id], turns, [], origin, [sample_id], "", "", 1.0, "{}", FROM_SOURCE)
 
 
 def decisions_of(number: int) -> Iterator[Decision]:
@@ -180,7 +182,9 @@ def run(out: Path, folder: Path, runner: str) -> Snapshot:
             "decisions": made("Decisions", decisions_of, Decision),
             "dead": made("Dead", letters_of, DeadLetter),
         }
-        media, void = {"images": images, "num_shards": shards} | WriteMedia(to, 1000, 10_000)
+        media, void = {"images": images, "num_shards": shards} | WriteMedia(
+            to, Reach(WebOptions(max_bytes=1000)), 10_000
+        )
         written = [
             {"rows": of_kind, "num_shards": shards} | f"Write{kind}" >> WriteRows(kind, to)
             for kind, of_kind in rows.items()
@@ -195,6 +199,7 @@ def run(out: Path, folder: Path, runner: str) -> Snapshot:
             "live": images | "Ids" >> beam.Map(lambda image: image.image_id).with_output_types(bytes),
             "synthesised": nothing,
             "encoders": pipeline | "Encoders" >> beam.Create(["e n"]),
+            "benchmarks": nothing,
         } | Commit(to, RunFacts("", {"max_shard_size": 10_000}, {}))
     return open_snapshot(str(out))
 

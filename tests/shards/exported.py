@@ -61,6 +61,8 @@ def sample(
         origin or Origin(0, "made", "a.json", 0),
         [],
         license,
+        "",
+        1.0,
         extra_json,
         provenance,
     )

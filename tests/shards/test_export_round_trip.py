@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 
+from images.files import LocalFiles
+from images.sources import copy_members, read_file, read_samples
+from images.sources.source import Source
+from shards.errors import BadData
 from shards.export import export_snapshot
 from shards.files import path_of
 from shards.ids import image_id_of
 from shards.records import Sample, SourceSample
 from shards.snapshot import Snapshot
 from tests.shards.exported import EXTENSIONS, picture, sample, snapshot_of, tree
-from transforms.read import Source, read_samples
 
 RECORDS = 1_000
 Record = dict[str, Any]
@@ -64,8 +67,12 @@ def make_input(folder: Path, fields_of: Callable[[int, random.Random], Record]) 
     return records
 
 
+def source_of(path: Path) -> Source:
+    return Source(0, "made", str(path), "llava", str(path.parent), str(path.parent))
+
+
 def read(path: Path) -> list[SourceSample]:
-    found = list(read_samples(Source(0, "made", str(path), "llava", str(path.parent))))
+    found = list(read_samples(source_of(path), LocalFiles()))
     assert all(isinstance(one, SourceSample) for one in found)
     return found
 
@@ -158,3 +165,78 @@ def test_a_record_without_license_or_id_gets_no_false_ones(name: str, tmp_path: 
     extra = json.loads(one.extra_json)
     assert extra["id"] == next(snapshot.samples()).sample_id.hex()
     assert extra["mark"] == 5 and "license" not in extra and one.license == ""
+
+
+def parquet_samples(folder: Path) -> list[tuple[SourceSample, list[bytes]]]:
+    """What a Hugging Face export is read as, with the pictures' bytes."""
+    source = Source(0, "hf", str(folder / "*.parquet"), "parquet", str(folder), str(folder))
+    found = []
+    for path in sorted(folder.glob("*.parquet")):
+        rows = list(read_file(source, str(path), LocalFiles()))
+        refs = [image.ref for one in rows if isinstance(one, SourceSample) for image in one.images]
+        copied = dict(copy_members(str(path), refs, LocalFiles(), 1 << 20))
+        for one in rows:
+            assert isinstance(one, SourceSample)
+            pictures = [copied[image.ref] for image in one.images]
+            assert not any(isinstance(encoded, BadData) for encoded in pictures)
+            found.append((one, pictures))
+    return found
+
+
+def test_hugging_face_exports_are_read_as_they_were(tmp_path: Path) -> None:
+    make_input(tmp_path / "in", infinity_fields)
+    snapshot = snapshot_from(tmp_path / "in" / "records.json", tmp_path / "out")
+    export_snapshot(snapshot, "hf", tmp_path / "hf")
+    kept = list(snapshot.samples())
+    again = parquet_samples(tmp_path / "hf")
+    assert len(again) == len(kept) == RECORDS
+    for one, (other, pictures) in zip(kept, again, strict=True):
+        assert list(other.conversation) == list(one.conversation)
+        assert [image_id_of(encoded) for encoded in pictures] == list(one.image_ids)
+        extra = json.loads(other.extra_json)
+        assert extra["id"] == one.sample_id.hex() and extra["extra_json"] == one.extra_json
+        assert other.license == one.license
+
+
+FORMS = {
+    "messages": [
+        {"role": "system", "content": "Short."},
+        {"role": "user", "content": "<image>\nWhat?"},
+        {"role": "assistant", "content": "A fox."},
+    ],
+    "texts": [{"user": "What?", "assistant": "A fox."}, {"user": "Sure?", "assistant": "Yes."}],
+    "caption": "A fox.",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_other_forms_of_a_conversation_are_exported_as_llava_has_them(form: str, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(picture(1))
+    (folder / "a.json").write_text(json.dumps([{"id": "x", "image": "a.png", form: FORMS[form]}]))
+    expected = {
+        "messages": [("system", "Short."), ("human", "<image>\nWhat?"), ("gpt", "A fox.")],
+        "texts": [("human", "What?"), ("gpt", "A fox."), ("human", "Sure?"), ("gpt", "Yes.")],
+        "caption": [("human", "<image>"), ("gpt", "A fox.")],
+    }[form]
+    (read_once,) = read(folder / "a.json")
+    assert list(read_once.conversation) == expected
+    snapshot = snapshot_from(folder / "a.json", tmp_path / "out")
+    export_snapshot(snapshot, "llava", tmp_path / "llava")
+    (record,) = json.loads((tmp_path / "llava" / "llava.json").read_text())
+    assert [(turn["from"], turn["value"]) for turn in record["conversations"]] == expected
+    # A caption stays a field beside the conversation made of it, and what is read again is the same sample.
+    assert record.get(form) == (FORMS[form] if form == "caption" else None)
+    assert list(map(meaning, read(tmp_path / "llava" / "llava.json"))) == [meaning(read_once)]
+    export_snapshot(snapshot, "messages", tmp_path / "messages")
+    (line,) = map(json.loads, (tmp_path / "messages" / "train.jsonl").read_text().splitlines())
+    assert [m["role"] for m in line["messages"]] == [
+        {"human": "user", "gpt": "assistant"}.get(speaker, speaker) for speaker, _ in expected
+    ]
+    assert sum(m["content"].count("<image>") for m in line["messages"]) == 1
+    # The rows that `datasets` reads, with names of pictures below the folder and messages of parts.
+    source = Source(0, "m", str(tmp_path), "parquet", str(tmp_path), str(tmp_path / "messages"))
+    (row,) = read_file(source, str(tmp_path / "messages" / "metadata.parquet"), LocalFiles())
+    assert isinstance(row, SourceSample) and encoded_of(row) == [picture(1)]
+    assert "".join(turn.value for turn in row.conversation) == "".join(m["content"] for m in line["messages"])

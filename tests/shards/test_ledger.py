@@ -27,7 +27,23 @@ def ref_rows(count: int, image: bytes = b"i") -> list[RefRow]:
 
 def image_row(n: int, numerics: str, embedding: bytes = b"\1\2") -> ImageRow:
     return ImageRow(
-        digest(n), numerics, "", "", 0, 9, 4, 5, "PNG", b"p" * 32, b"h" * 8, b"s" * 128, embedding, b""
+        digest(n),
+        numerics,
+        "",
+        "",
+        0,
+        9,
+        4,
+        5,
+        "PNG",
+        b"p" * 32,
+        b"h" * 8,
+        b"s" * 128,
+        1,
+        2,
+        3,
+        embedding,
+        b"",
     )
 
 

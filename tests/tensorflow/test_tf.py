@@ -93,7 +93,7 @@ def test_a_joined_export_is_read_as_its_users_read_it(tmp_path) -> None:
     def sample(image_ids: list[bytes], tags: list[Tag]) -> Sample:
         turns = [Turn("human", "<image>" * len(image_ids) + "é?"), Turn("gpt", "日本語")]
         origin = Origin(0, "s", "n", 0)
-        return Sample(bytes(32), image_ids, turns, tags, origin, [], "CC0-1.0", "{}", FROM_SOURCE)
+        return Sample(bytes(32), image_ids, turns, tags, origin, [], "CC0-1.0", "", 1.0, "{}", FROM_SOURCE)
 
     samples = [sample(list(media), [Tag("fox", 900), Tag("é", -5)]), sample([], []), sample([*media][:1], [])]
     snapshot = SimpleNamespace(

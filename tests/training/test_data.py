@@ -134,4 +134,4 @@ def test_running_ahead_keeps_the_order_and_the_depth():
     assert list(itertools.islice(stream, 10)) == [n * n for n in range(10)]
     assert len(taken) <= 10 + 4 + 1
     stream.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode_")]

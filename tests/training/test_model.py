@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from embeddings.backbone import load_backbone, torch_device
-from images.decode import model_input
+from images.geometry import model_input
 from shards.errors import BadRequest
 from shards.snapshot import open_snapshot
 from training.data import Batch, batches, usable_samples

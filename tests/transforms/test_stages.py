@@ -1,8 +1,6 @@
 """Each stage's plain functions, one small pipeline a stage, and that every PTransform can be pickled."""
 
 import io
-import json
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,17 @@ import pytest
 from apache_beam.testing.util import assert_that, equal_to
 from PIL import Image
 
+from embeddings.contamination import BenchmarkCounts, ContaminationRule
 from embeddings.duplicates import DuplicateRule
 from embeddings.encoder import EncoderSpec, load_encoder
 from images.decode import Limits
+from images.fetch import Reach
+from images.files import LocalFiles
+from images.sources import read_samples
+from images.sources.source import Source
+from images.web import WebOptions
 from shards import records
 from shards.errors import BadData, CorruptShard, RunFailed
-from shards.files import path_of
 from shards.ids import image_id_of, sample_id_of
 from shards.ledger import Segment
 from shards.packs import num_shards_for
@@ -35,16 +38,19 @@ from shards.records import (
     Tag,
     Turn,
 )
-from shards.snapshot import Destination, StoredPack
+from shards.snapshot import Destination, StoredPack, snapshot_id_of
 from synthesis.client import ChatClient
 from synthesis.planner import LookupPlanner
 from synthesis.prompts import load_prompt_pair
-from transforms.commit import Commit, RunFacts
+from transforms.commit import Commit, RunFacts, build_manifest
+from transforms.decontaminate import Decontaminate
 from transforms.deduplicate import CollapseSameBytes, FindNearDuplicates, choose_reference
-from transforms.embed import DistinctReferences, EmbedImages
+from transforms.embed import DistinctReferences, EmbedImages, Reading
+from transforms.filter import FilterImages, FilterRule
+from transforms.limit import LimitErrors
 from transforms.plan import PlanInstructions
-from transforms.read import ReadSamples, Source, Unreadable, read_samples, sampling_key
-from transforms.recall import Memory, RecallImages
+from transforms.read import ReadSamples, sampling_key
+from transforms.recall import Memory, RecallImages, RecallReferences
 from transforms.resolve import (
     JudgeImages,
     NameImages,
@@ -54,6 +60,7 @@ from transforms.resolve import (
     resolve_sample,
 )
 from transforms.settle import SettleImages, SettleSamples
+from transforms.spool import SpoolImages
 from transforms.stored import KeepPacks, ReadStored
 from transforms.synthesise import Backend, Synthesise
 from transforms.tag import TagImages, tags_of
@@ -66,13 +73,16 @@ def png(colour: tuple[int, int, int], size: tuple[int, int] = (8, 8)) -> bytes:
     return sink.getvalue()
 
 
+REACH = Reach(WebOptions(max_bytes=1000))
+
+
 def source_image(name: str, priority: int = 0, uri: str = "", length: int = -1) -> SourceImage:
     return SourceImage(Origin(priority, f"s{priority}", name, 0), MediaRef(uri or name, 0, length))
 
 
 def sample_of(names: list[str], turns: list[Turn] | None = None, number: int = 0) -> SourceSample:
     return SourceSample(
-        Origin(0, "s0", "file", number), [source_image(n) for n in names], turns or [], "", "{}"
+        Origin(0, "s0", "file", number), [source_image(n) for n in names], turns or [], "", "", 1.0, "{}"
     )
 
 
@@ -84,130 +94,11 @@ def fate(name: str, **changes: Any) -> ImageFate:
 # Read.
 
 
-def test_a_folder_is_listed_without_what_lies_beside_images(tmp_path: Path) -> None:
-    for name in ("b.jpg", "sub/a.PNG", "noext", "notes.txt", ".hidden/x.jpg", ".dot.jpg", "data.JSON"):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.touch()
-    names = [s.origin.name for s in read_samples(Source(0, "in", str(tmp_path), "files", str(tmp_path)))]
-    assert names == ["b.jpg", "noext", "sub/a.PNG"]
-    globbed = [
-        s.origin.name
-        for s in read_samples(Source(0, "in", f"{tmp_path}/**/*.[jJP]*", "files", str(tmp_path)))
-    ]
-    assert globbed == ["b.jpg", "data.JSON", "sub/a.PNG"]
-    assert [
-        s.origin.name for s in read_samples(Source(0, "in", f"{tmp_path}/b.jpg", "files", str(tmp_path)))
-    ] == ["b.jpg"]
-
-
-RECORDS: list[Any] = [
-    {
-        "id": 7,
-        "image": "a.jpg",
-        "conversations": [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "é"}],
-    },
-    {"image": ["a.jpg", "d/b.jpg"], "conversations": [], "license": "CC0-1.0"},
-    {"conversations": [{"from": "human", "value": "text only"}]},
-    {"image": "../../etc/passwd"},
-    {"image": "/etc/passwd"},
-    {"image": 3},
-    {"image": "a.jpg", "conversations": [{"from": "human"}]},
-    {"image": "a.jpg", "conversations": [{"from": "human", "value": 3}]},
-    {},
-    [1],
-]
-
-
-@pytest.mark.parametrize("lines", [True, False])
-def test_llava_records(tmp_path: Path, lines: bool) -> None:
-    path = tmp_path / "d.json"
-    text = "\n".join(map(json.dumps, RECORDS)) + "\n{cut" if lines else json.dumps(RECORDS)
-    path.write_text(text)
-    read = list(read_samples(Source(2, "in", str(path), "llava", "/root")))
-    samples = [r for r in read if isinstance(r, SourceSample)]
-    codes = [r.error.code for r in read if isinstance(r, Unreadable)]
-    assert codes == ["bad_record"] * 7 + (["bad_json"] if lines else [])
-    first, pair, text_only = samples
-    assert first.origin == Origin(2, "in", "d.json", 0)
-    assert first.images[0] == SourceImage(Origin(2, "in", "a.jpg", 0), MediaRef("/root/a.jpg", 0, -1))
-    assert first.conversation == [Turn("human", "<image>\nq"), Turn("gpt", "é")]
-    assert json.loads(first.extra_json) == {"id": 7}
-    assert [image.origin.name for image in pair.images] == ["a.jpg", "d/b.jpg"]
-    assert pair.license == "CC0-1.0"
-    assert text_only.images == []
-
-
-def test_linked_folders_are_followed_once_and_unreadable_ones_are_dead(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
-    for path in (real / "a.png", elsewhere / "b.png", real / "locked" / "c.png"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    (real / "more").symlink_to(elsewhere)
-    (real / "loop").symlink_to(real)
-    scandir = os.scandir
-
-    def refuse_locked(path: Any) -> Any:  # as for another user than root
-        if str(path).endswith("locked"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse_locked)
-    read = list(read_samples(Source(0, "in", str(real), "files", str(real))))
-    assert [(r.origin.name, getattr(getattr(r, "error", None), "code", "")) for r in read] == [
-        ("a.png", ""),
-        ("locked", "unreadable"),
-        ("more/b.png", ""),
-    ]
-
-
-def test_every_file_has_a_name_of_its_own(tmp_path: Path) -> None:
-    for name in ("caf\udce9.png", "caf\\xe9.png", "caf%E9.png", "file:caf%E9.png", "a/../b.png"[-5:]):
-        (tmp_path / name).touch()
-    source = Source(0, "in", str(tmp_path), "files", str(tmp_path))
-    names = [s.origin.name for s in read_samples(source)]
-    assert len(set(names)) == len(names) == 5
-    assert all(path_of(s.images[0].ref.uri).exists() for s in read_samples(source))
-    assert "".join(names).encode()
-    twice = Source(0, "in", f"{tmp_path}/**/**/*.png", "files", str(tmp_path))
-    assert sorted(s.origin.name for s in read_samples(twice)) == sorted(names)
-
-
-def test_oddly_encoded_json(tmp_path: Path) -> None:
-    path = tmp_path / "d.json"
-    record = {"image": "a.png", "images": None}
-    path.write_text(json.dumps([record]), encoding="utf-8-sig")
-    assert [type(r) for r in read_samples(Source(0, "in", str(path), "llava", ""))] == [SourceSample]
-    deep = "[" * 5000 + "]" * 5000
-    lines = [
-        '{"image": "a", "images": ["b"]}',
-        '{"image": 0, "conversations": []}',
-        f'{{"image": "a", "x": {deep}}}',
-    ]
-    path.write_text("\n".join([*lines, '{"image": "\\ud800.png"}']))
-    read = list(read_samples(Source(0, "in", str(path), "llava", "")))
-    assert [r.error.code if isinstance(r, Unreadable) else "" for r in read] == [
-        "bad_record",
-        "bad_record",
-        "bad_json",
-        "bad_record",
-    ]
-
-
-def test_a_json_that_is_none_is_one_dead_record(tmp_path: Path) -> None:
-    path = tmp_path / "d.json"
-    path.write_text("[{},")
-    (only,) = read_samples(Source(0, "in", str(path), "llava", ""))
-    assert isinstance(only, Unreadable) and only.error.code == "bad_json"
-
-
 def test_a_larger_limit_contains_a_smaller_one(tmp_path: Path) -> None:
     for number in range(30):
         (tmp_path / f"{number}.png").touch()
     source = Source(0, "in", str(tmp_path), "files", str(tmp_path))
-    ranked = sorted(read_samples(source), key=lambda s: sampling_key(5, s.origin))
+    ranked = sorted(read_samples(source, LocalFiles()), key=lambda s: sampling_key(5, s.origin))
     with beam.Pipeline(runner="FnApiRunner") as pipeline:
         read = pipeline | beam.Create([source]) | ReadSamples(limit=7, seed=5)
         assert_that(
@@ -241,7 +132,9 @@ def test_references_become_embedded_images_or_dead_letters(tmp_path: Path) -> No
             pipeline
             | beam.Create(images)
             | DistinctReferences()
-            | EmbedImages(EncoderSpec(batch_size=8), fingerprint, encoder.geometry, 16, Limits(), to)
+            | EmbedImages(
+                EncoderSpec(batch_size=8), fingerprint, Reading(REACH, Limits(), encoder.geometry, 16, 1), to
+            )
         )
         assert_that(embedded.main | beam.Map(facts), equal_to(expected), "main")
         codes = [("bad.png", "unknown_format"), ("empty.png", "empty_file"), ("missing.png", "file_missing")]
@@ -258,7 +151,16 @@ def embedded(name: str, content: str, priority: int = 0, vector: int = 0, width:
     axis = np.zeros(4, "<f2")
     axis[vector] = 1
     facts = ImageFacts(
-        width, 8, 9, "PNG", content.encode(), (vector * 0xFFFF).to_bytes(8, "little"), bytes(128)
+        width,
+        8,
+        9,
+        "PNG",
+        content.encode(),
+        (vector * 0xFFFF).to_bytes(8, "little"),
+        bytes(128),
+        7000,
+        900_000,
+        1000,
     )
     return EmbeddedImage(
         image_id_of(content.encode()), source_image(name, priority), facts, axis.tobytes(), b"", "e", "n"
@@ -319,6 +221,13 @@ def test_samples_live_and_die_with_their_images() -> None:
     assert unread.id == b""
     with pytest.raises(RunFailed, match="truncated"):
         resolve_sample(sample, [fate("a"), dead], "merge", "fail")
+
+    filtered = fate("b", fate="filtered", code="blurred", keeper_id=b"")
+    for rule in ("drop", "fail"):
+        row = resolve_sample(sample, [fate("a"), filtered], "merge", rule)
+        assert (row.fate, row.code, row.id, row.other_id) == ("filtered", "image_blurred", kept.sample_id, b)
+    both = resolve_sample(sample, [filtered, dead], "merge", "drop")
+    assert both.code == "image_truncated", "a failure is said before a choice"
 
     lost = fate("b", fate="duplicate", keeper_id=a)
     for rule, same_pixels in (("merge", False), ("drop", True)):
@@ -400,12 +309,12 @@ def test_packs_are_bounded_and_changed_sources_are_void(tmp_path: Path) -> None:
     (tmp_path / "3").write_bytes(b"changed")
     (tmp_path / "7").unlink()
     to = Destination(str(tmp_path / "out"), "token")
-    results = list(pack_images(0, images[::-1], to, 1000, 250))
+    results = list(pack_images(0, images[::-1], to, REACH, 250))
     assert sorted(r.name for r in results if not hasattr(r, "kind")) == ["3", "7"]
     packs = [r for r in results if getattr(r, "kind", "") == "media"]
     assert sum(p.num_records for p in packs) == 8
     assert all(p.num_bytes <= 250 + 2 * 16 for p in packs) and len(packs) >= 4
-    assert results == list(pack_images(0, images, to, 1000, 250))
+    assert results == list(pack_images(0, images, to, REACH, 250))
 
 
 def test_samples_of_void_images_die() -> None:
@@ -420,19 +329,38 @@ def test_samples_of_void_images_die() -> None:
         assert_that(fates, equal_to([(0, "kept", "kept"), (1, "dead", "image_source_changed")]), "fates")
 
 
+def test_a_snapshot_is_another_one_where_other_images_were_protected() -> None:
+    def snapshot_id(*benchmarks: BenchmarkCounts) -> str:
+        manifest = build_manifest([], {}, {"image": 0, "sample": 0}, [], 0, [], {"seed": 0}, benchmarks)
+        assert set(manifest.decontaminated) == {one.benchmark for one in benchmarks}
+        return snapshot_id_of(manifest)
+
+    mmmu, docvqa = BenchmarkCounts("mmmu", 5, "a" * 64, 0, 0), BenchmarkCounts("docvqa", 5, "b" * 64, 0, 0)
+    sets = [(), (mmmu,), (docvqa,), (mmmu, docvqa), (mmmu._replace(ids_sha256="c" * 64),)]
+    assert len({snapshot_id(*benchmarks) for benchmarks in sets}) == len(sets)
+    assert snapshot_id(mmmu, docvqa) == snapshot_id(docvqa, mmmu)
+
+
 def test_transforms_survive_pickling() -> None:
     geometry = load_encoder(EncoderSpec(batch_size=8)).geometry
     to = Destination("out", "token")
     memory = Memory([], [Segment("out", "s")], "d", "e", "n", True)
     pack = StoredPack(ShardFile("media", "p", "", 1, 1), ShardFile("media_index", "p.index", "", 1, 1))
-    backend = Backend(ChatClient("http://127.0.0.1:9", "m"), load_prompt_pair(True), 1000, Limits(), 2)
+    backend = Backend(
+        ChatClient("http://127.0.0.1:9", "m"), load_prompt_pair(True), 1000, Limits(), REACH, 1, 2
+    )
     for transform in (
         ReadSamples(5, 1),
         DistinctReferences(),
-        RecallImages(memory, Limits(), to),
-        EmbedImages(EncoderSpec(), "e", geometry, 8, Limits(), to),
+        RecallReferences(memory, REACH),
+        SpoolImages(to, REACH),
+        RecallImages(memory, Limits(), REACH, to),
+        LimitErrors({"any": 0.5}),
+        EmbedImages(EncoderSpec(), "e", Reading(REACH, Limits(), geometry, 8, 1), to),
         ReadStored("out", [pack]),
         KeepPacks([pack]),
+        FilterImages(FilterRule(min_side=9, expressions=("side > 3",))),
+        Decontaminate(["mmmu"], ContaminationRule(verified_only=True)),
         CollapseSameBytes(),
         FindNearDuplicates(DuplicateRule()),
         TagImages(("a",), 0.1, 5),
@@ -440,7 +368,7 @@ def test_transforms_survive_pickling() -> None:
         ResolveSamples(),
         NameImages(),
         CountShards(100),
-        WriteMedia(to, 100, 100),
+        WriteMedia(to, REACH, 100),
         WriteRows("dead", to),
         SettleSamples(),
         SettleImages(),

@@ -1,0 +1,238 @@
+"""From options to a job: the whole request is checked, and what it needs is opened and loaded, before anything is written."""
+
+import difflib
+import math
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from beam_pipelines.codes import CODES
+from beam_pipelines.launch import beam_options, is_local
+from beam_pipelines.located import passed_over
+from beam_pipelines.options import CurateOptions
+from beam_pipelines.sources import (
+    check_output,
+    count_gone,
+    count_protected,
+    find_benchmarks,
+    find_sources,
+    image_origins,
+)
+from beam_pipelines.wording import plural
+from embeddings.duplicates import MAX_IMAGES
+from embeddings.encoder import Encoder, EncoderSpec, load_encoder
+from images.decode import Limits, decoder_of
+from images.fetch import Reach
+from images.rewrite import Rewrite
+from images.sources.source import Source
+from images.web import WebOptions
+from shards.errors import BadRequest
+from shards.ledger import ImageRow, Ledger, RefRow, url_epoch
+from shards.snapshot import Destination, StoredPack, open_by_id, read_current
+from shards.spool import FOLDER, spooled_uris
+from shards.storage import rooted, storage_of
+from synthesis.client import ChatClient, probe
+from synthesis.planner import LookupPlanner
+from synthesis.prompts import load_prompt_pair
+from transforms.commit import RunFacts
+from transforms.filter import FilterRule, parse_expressions
+from transforms.limit import ANY
+from transforms.recall import Memory
+from transforms.synthesise import Backend
+
+MAX_GONE = 0.1
+"""Fraction of an earlier run's images that may be missing from a run's input before `--replace` is asked for."""
+
+
+class Synthesis(NamedTuple):
+    """How conversations are made: by whom, and of which type."""
+
+    backend: Backend
+    planner: LookupPlanner
+
+
+class Job(NamedTuple):
+    """A request that was found good: all that `build` needs."""
+
+    options: CurateOptions
+    sources: Sequence[Source]
+    encoder: EncoderSpec
+    to: Destination
+    facts: RunFacts
+    synthesis: Synthesis | None
+    memory: Memory
+    reach: Reach
+    decoders: int
+    stored: Sequence[StoredPack]
+    progress: str
+    benchmarks: Sequence[Source]
+
+
+class Prepared(NamedTuple):
+    """A checked request, and what was loaded to check it.
+
+    `images` counts distinct references, `gone` those of the snapshot in force that are not in this input,
+    `protected` those of each benchmark.
+    """
+
+    job: Job
+    model: Encoder
+    pipeline_options: PipelineOptions
+    images: int
+    gone: int
+    protected: Mapping[str, int]
+
+
+def error_rates(options: CurateOptions) -> dict[str, float]:
+    """The fraction of inputs that may fail, by code or `any`. Raises BadRequest."""
+    rates = {}
+    for text in options.max_error_rate:
+        code, _, number = text.partition("=")
+        if code != ANY and code not in CODES:
+            close = difflib.get_close_matches(code, [ANY, *CODES], 1)
+            hint = f"; did you mean {close[0]}?" if close else "; docs/codes.md lists them"
+            raise BadRequest(f"--max-error-rate {text}: no such code{hint}")
+        try:
+            rates[code] = float(number)
+        except ValueError:
+            rates[code] = math.nan
+        if not 0 <= rates[code] <= 1:
+            raise BadRequest(f"--max-error-rate {text}: a fraction from 0 to 1 is needed, as in {code}=0.01")
+    return rates
+
+
+def limits_of(options: CurateOptions) -> Limits:
+    """Caps on one image."""
+    return Limits(int(options.max_image_bytes), options.max_image_pixels)
+
+
+def filter_rule(options: CurateOptions) -> FilterRule:
+    """What an image must be like to be used."""
+    limits = {name: getattr(options, name) for name in FilterRule._fields if name != "expressions"}
+    return FilterRule(**limits, expressions=tuple(options.filter))
+
+
+def prepare_synthesis(options: CurateOptions, reach: Reach, decoders: int) -> Synthesis | None:
+    """Probe the endpoint, if there is one. Raises BadRequest where it cannot be used as asked."""
+    if not options.vlm_base_url:
+        return None
+    with ChatClient(
+        options.vlm_base_url,
+        options.vlm_model,
+        api_key_env=options.vlm_api_key_env,
+        timeout_s=options.vlm_timeout_s,
+    ) as client:
+        found = probe(client, options.allow_text_only)
+    backend = Backend(
+        client.with_model(found.model),
+        load_prompt_pair(found.sees_images),
+        options.vlm_max_pixels if found.sees_images else None,
+        limits_of(options),
+        reach,
+        decoders,
+        options.vlm_concurrency,
+    )
+    return Synthesis(backend, LookupPlanner())
+
+
+def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
+    """Check a whole request before anything is written. Raises BadRequest."""
+    parse_expressions(options.filter)
+    pipeline_options = beam_options(beam_args, options.workers)
+    FileSystems.set_options(pipeline_options)  # endpoints and credentials of buckets
+    sources = find_sources(options)
+    benchmarks = find_benchmarks(options.decontaminate)
+    check_output(options.output, sources, benchmarks)
+    origins = image_origins(sources, options.limit, options.seed, MAX_IMAGES)
+    protected = count_protected(benchmarks)
+    error_rates(options)
+    to = Destination(rooted(options.output), uuid.uuid4().hex)
+    base_id = read_current(to.storage).snapshot
+    base = open_by_id(to.storage, base_id) if base_id else None
+    gone, before = count_gone(base, origins) if base else (0, 0)
+    if gone > MAX_GONE * before and not options.replace:
+        raise BadRequest(
+            f"--output {options.output}: {gone} of {before} images of the snapshot there are not in this input, which is to be"
+            " the whole input; --replace if that is meant"
+        )
+    spec = EncoderSpec(options.encoder, options.encoder_weights, options.device, options.batch_size)
+    model = load_encoder(spec)
+    decoders = max(1, len(os.sched_getaffinity(0)) // options.workers) if is_local(pipeline_options) else 0
+    reach = reach_of(to, options, decoders)
+    synthesis = prepare_synthesis(options, reach, decoders)
+    stored = base.stored_packs() if base else []
+    memory = recall_from(to, options, model)
+    affecting = options.affecting_bytes() | {
+        "encoder_weights": model.weights_sha256,
+        "batch_size": model.batch_size,
+    }
+    if synthesis is not None:
+        affecting["vlm_model"] = synthesis.backend.client.model
+    metrics = {
+        "sources": [source._asdict() for source in sources],
+        "benchmarks": [source._asdict() for source in benchmarks],
+        "images": len(origins),
+    }
+    facts = RunFacts(base_id, affecting, metrics)
+    progress = str(to.storage.scratch_path(to.token) / "progress") if is_local(pipeline_options) else ""
+    job = Job(
+        options, sources, spec, to, facts, synthesis, memory, reach, decoders, stored, progress, benchmarks
+    )
+    return Prepared(job, model, pipeline_options, len(origins), gone, protected)
+
+
+def reach_of(to: Destination, options: CurateOptions, decoders: int) -> Reach:
+    """How this run fetches."""
+    web = WebOptions(
+        allow_private=options.allow_private,
+        max_bytes=int(options.max_image_bytes),
+        timeout_s=options.url_timeout_s,
+        concurrency=options.url_concurrency,
+        per_host=options.url_per_host,
+        per_host_rate=options.url_host_rate,
+        retries=options.url_retries,
+        disallowed_tags=() if options.ignore_robots else WebOptions().disallowed_tags,
+    )
+    spools = [f"{storage_of(rooted(folder)).uri(FOLDER)}/" for folder in (to.out, *options.reuse_from)]
+    rewrite = Rewrite(options.max_side, options.strip_metadata)
+    epoch = url_epoch(to.storage) + options.refetch
+    return Reach(web, tuple(spools), epoch, rewrite, limits_of(options), decoders)
+
+
+def recall_from(to: Destination, options: CurateOptions, model: Encoder) -> Memory:
+    """The ledgers that this run may recall from: its own folder's, and those of `--reuse-from`."""
+    storages = [to.storage]
+    for other in options.reuse_from:
+        storage = storage_of(rooted(other))
+        if not any(True for _ in storage.walk("ledger")):
+            raise BadRequest(f"--reuse-from {other}: no ledger there; give the --output of an earlier run")
+        storages.append(storage)
+    refs = [segment for storage in storages for segment in Ledger(storage, RefRow).segments()]
+    images = [segment for storage in storages for segment in Ledger(storage, ImageRow).segments()]
+    spooled = frozenset(uri for storage in storages for uri in spooled_uris(storage))
+    decoder, trusted = decoder_of(options.decode), not options.verify_refs
+    return Memory(refs, images, decoder, model.fingerprint, model.numerics, trusted, spooled)
+
+
+def plan_text(prepared: Prepared) -> str:
+    job, images, gone = prepared.job, prepared.images, prepared.gone
+    inputs = ", ".join(f"{source.path} ({source.format})" for source in job.sources)
+    synthesis = "none (no --vlm-base-url)"
+    if job.synthesis is not None:
+        sight = "sends images" if job.synthesis.backend.max_pixels else "text only: tags and captions"
+        synthesis = f"{job.synthesis.backend.client.model}, {sight}"
+    less = f"; {gone} of the snapshot in force are not among them" if gone else ""
+    beside = passed_over(job.sources)
+    note = f"\n{beside}" if beside else ""
+    if job.benchmarks:
+        sets = ", ".join(f"{name} ({plural(count, 'image')})" for name, count in prepared.protected.items())
+        note += f"\ndecontaminated against {sets}, mode {job.options.decontaminate_mode}"
+        given = {source.path for source in job.sources}
+        for source in job.benchmarks:
+            if source.path in given:
+                note += f"\n{source.path} is --input and --decontaminate {source.name}: all of it will be filtered"
+    return f"{images} images from {inputs}{less}{note}\nencoder {job.encoder.name} on {job.encoder.device}; synthesis: {synthesis}"

@@ -1,0 +1,138 @@
+"""A thousand samples of no, one and many images from three formats: every one has a fate, and every reader has its images in order."""
+
+import io
+import json
+import random
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from beam_pipelines.cli import DONE
+from beam_pipelines.cli import run as shardmill
+from images.fetch import Fetcher, Reach
+from images.files import LocalFiles
+from images.sources import read_samples
+from images.web import WebOptions
+from shards.ids import image_id_of
+from shards.records import SourceSample
+from shards.snapshot import open_snapshot
+from tests.beam_pipelines.requests import sources_of
+
+SAMPLES, PICTURES, MAX_IMAGES = 1000, 60, 8
+BROKEN = 7
+
+
+class Made(NamedTuple):
+    """A sample as it was made: its turns, and its pictures by number."""
+
+    turns: list[dict[str, str]]
+    pictures: list[int]
+
+
+def picture(number: int) -> bytes:
+    noise = np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8)
+    sink = io.BytesIO()
+    Image.fromarray(noise).resize((64, 64)).save(sink, "JPEG", quality=80)
+    return sink.getvalue()[: 400 if number == BROKEN else None]
+
+
+STOCK = [picture(number) for number in range(PICTURES)]
+
+
+def made_samples() -> list[Made]:
+    rng = random.Random(4)
+    samples = []
+    for number in range(SAMPLES):
+        pictures = [rng.randrange(PICTURES) for _ in range(rng.randint(0, MAX_IMAGES))]
+        question = "<image>\n" * len(pictures) + f"Which of {number}?"
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"None, é {number}"}]
+        samples.append(Made(turns, pictures))
+    return samples
+
+
+def write_sources(folder: Path, samples: list[Made]) -> list[Path]:
+    """Most as LLaVA JSON over files, a few each as a tar and as Parquet, which hold a picture anew for every sample."""
+    (folder / "images").mkdir(parents=True)
+    for number, encoded in enumerate(STOCK):
+        (folder / "images" / f"{number}.jpg").write_bytes(encoded)
+    most, few = SAMPLES - 80, SAMPLES - 40
+    records = [
+        {"image": [f"images/{number}.jpg" for number in one.pictures], "conversations": one.turns}
+        for one in samples[:most]
+    ]
+    (folder / "llava.json").write_text(json.dumps(records))
+    with tarfile.open(folder / "web.tar", "w") as tar:
+        for key, one in enumerate(samples[most:few]):
+            members = [(f"{key}.{place}.jpg", STOCK[number]) for place, number in enumerate(one.pictures)]
+            members.append((f"{key}.json", json.dumps({"conversations": one.turns}).encode()))
+            for name, data in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    rows = [
+        {
+            "images": [{"bytes": STOCK[number], "path": None} for number in one.pictures],
+            "conversations": one.turns,
+        }
+        for one in samples[few:]
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet", row_group_size=40)
+    return [folder / name for name in ("llava.json", "web.tar", "rows.parquet")]
+
+
+Content = tuple[str, tuple[bytes, ...]]
+
+
+def content_of(samples: list[Made]) -> list[Content]:
+    """Of the samples without the broken picture the answer, which is unique, and the image ids in order."""
+    return sorted(
+        (one.turns[1]["value"], tuple(image_id_of(STOCK[number]) for number in one.pictures))
+        for one in samples
+        if BROKEN not in one.pictures
+    )
+
+
+EXPORTS = {
+    "hf": ("**/*.parquet", "parquet"),
+    "joined-tfrecord": ("*.tfrecord", "tfrecord"),
+    "webdataset": ("*.tar", "webdataset"),
+    "infinity-mm": ("**/*.tar", "webdataset"),
+    "llava": ("llava.json", "llava"),
+    "messages": ("train.jsonl", "llava"),
+}
+
+
+def exported(out: Path, form: str, folder: Path) -> list[Content]:
+    """What our own readers find in an export."""
+    assert shardmill(["export", str(out), "--format", form, "--output", str(folder)]) == DONE
+    pattern, source_format = EXPORTS[form]
+    inputs = [f"s{number}={path}" for number, path in enumerate(sorted(folder.glob(pattern)))]
+    fetcher = Fetcher(LocalFiles(), Reach(WebOptions()))
+    found = []
+    for source in sources_of(inputs, str(folder), source_format):
+        for one in read_samples(source, LocalFiles()):
+            assert isinstance(one, SourceSample), one
+            ids = tuple(image_id_of(fetcher.fetch(image.ref)) for image in one.images)
+            found.append((one.conversation[1].value, ids))
+    return sorted(found)
+
+
+def test_every_sample_has_a_fate_and_every_reader_its_images_in_order(tmp_path: Path) -> None:
+    samples = made_samples()
+    expected = content_of(samples)
+    inputs = [word for path in write_sources(tmp_path / "in", samples) for word in ("--input", str(path))]
+    out = tmp_path / "out"
+    assert shardmill(["curate", *inputs, "--output", str(out), "--dedup-mode", "exact"]) == DONE
+    snapshot = open_snapshot(str(out))
+    of_images, of_samples = snapshot.manifest.funnels["image"], snapshot.manifest.funnels["sample"]
+    assert of_samples == (SAMPLES, len(expected), 0, 0, SAMPLES - len(expected))
+    assert of_images.input == sum(of_images[1:])
+    assert of_images.kept == PICTURES - 1 and of_images.dead > 1
+    assert sorted((one.conversation[1].value, tuple(one.image_ids)) for one in snapshot.samples()) == expected
+    for form in EXPORTS:
+        assert exported(out, form, tmp_path / form) == expected, form

@@ -1,0 +1,146 @@
+"""Decontaminate: images that are like one of a protected set leave, before any of them is chosen as a keeper."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+from apache_beam.metrics import Metrics
+from apache_beam.pvalue import AsDict, TaggedOutput
+from apache_beam.typehints.decorators import no_annotations
+
+from embeddings.contamination import BenchmarkCounts, Contact, ContaminationRule, Print, find_contamination
+from embeddings.duplicates import MAX_IMAGES
+from shards.errors import RunFailed
+from shards.records import DeadLetter, EmbeddedImage
+from transforms.fates import DECISIONS, decision
+
+STAGE = "decontaminate"
+COUNTS = "counts"
+
+
+class Decontaminated(NamedTuple):
+    """Images that are like no protected one, decisions on the others, and BenchmarkCounts of every benchmark."""
+
+    images: beam.PCollection
+    decisions: beam.PCollection
+    counts: beam.PCollection
+
+
+def stage_of(benchmark: str) -> str:
+    """The stage of a decision row, which so names the benchmark: `decontaminate:mmmu`."""
+    return f"{STAGE}:{benchmark}"
+
+
+def print_of(image: EmbeddedImage, benchmark: str) -> Print:
+    """What an image is compared by."""
+    facts = image.facts
+    return Print(benchmark, image.image_id, image.numerics, image.embedding, facts.phash, facts.structure)
+
+
+def check_readable(unreadable: Iterable[DeadLetter]) -> None:
+    """Raises RunFailed where something of a protected set could not be read: copies of it would pass unseen."""
+    letters = sorted(unreadable, key=lambda letter: (letter.source, letter.name, letter.offset))
+    if letters:
+        first, more = letters[0], f"; {len(letters)} are unreadable" if len(letters) > 1 else ""
+        raise RunFailed(
+            f"--decontaminate {first.source}=...: {first.name} is unreadable ({first.code}: {first.message}){more}"
+        )
+
+
+class _FindContamination(beam.DoFn):
+    def __init__(self, benchmarks: Sequence[str], rule: ContaminationRule) -> None:
+        self._benchmarks, self._rule = benchmarks, rule
+
+    def process(self, joined: tuple[int, Mapping[str, Iterable[Any]]]) -> Iterator[Any]:
+        _, groups = joined
+        check_readable(groups["unreadable"])
+        images = list(groups["images"])
+        if len(images) > MAX_IMAGES:
+            raise RunFailed(
+                f"{len(images)} images, one worker compares at most {MAX_IMAGES}; --limit N takes a sample"
+            )
+        found = find_contamination(images, groups["protected"], self._benchmarks, self._rule)
+        for one in found.counts:
+            if not one.protected:
+                raise RunFailed(f"--decontaminate {one.benchmark}=...: no image is there any more")
+            yield TaggedOutput(COUNTS, one)
+        yield from found.contacts
+
+
+class _Remove(beam.DoFn):
+    def process(self, image: EmbeddedImage, contacts: Mapping[bytes, Contact]) -> Iterator[Any]:
+        contact = contacts.get(image.image_id)
+        if contact is None:
+            yield image
+            return
+        Metrics.counter(STAGE, contact.code).inc()
+        row = decision(
+            "image",
+            "filtered",
+            image.image_id,
+            stage_of(contact.benchmark),
+            contact.code,
+            image.source_image.origin,
+            contact.score,
+            contact.threshold,
+            contact.protected_id,
+        )
+        yield TaggedOutput(DECISIONS, row)
+
+
+def _in_one_place(label: str, items: beam.PCollection, kind: Any) -> beam.PCollection:
+    return items | f"OneWorker{label}" >> beam.Map(lambda item: (0, item)).with_output_types(
+        beam.typehints.Tuple[int, kind]
+    )
+
+
+@dataclass
+class Decontaminate(beam.PTransform):
+    """{images, protected, unreadable} -> Decontaminated.
+
+    `images` EmbeddedImages of the input, every reference, each of which is judged; `protected` those of the benchmarks, which their
+    origins' sources name; `unreadable` DeadLetters of what could not be read of these: one fails the run. All meet in one worker,
+    which bounds this form to `embeddings.duplicates.MAX_IMAGES`. Shuffled: hashes and embeddings, each image's once.
+    """
+
+    benchmarks: Sequence[str]
+    rule: ContaminationRule
+
+    @no_annotations
+    def expand(self, inputs: dict[str, beam.PCollection]) -> Decontaminated:
+        def prints(label: str, images: beam.PCollection, is_input: bool) -> beam.PCollection:
+            def keyed(image: EmbeddedImage) -> tuple[tuple[str, bytes], Print]:
+                found = print_of(image, "" if is_input else image.source_image.origin.source)
+                return found[:2], found
+
+            distinct = (
+                images
+                | f"PrintsOf{label}" >> beam.Map(keyed).with_output_types(tuple[tuple[str, bytes], Print])
+                | f"Distinct{label}" >> beam.CombinePerKey(min)
+                | f"Bare{label}" >> beam.Values().with_output_types(Print)
+            )
+            return _in_one_place(label, distinct, Print)
+
+        found = (
+            {
+                "images": prints("Images", inputs["images"], is_input=True),
+                "protected": prints("Protected", inputs["protected"], is_input=False),
+                "unreadable": _in_one_place("Unreadable", inputs["unreadable"], DeadLetter),
+                "once": inputs["images"].pipeline | "Once" >> beam.Create([(0, b"")]),
+            }
+            | "MeetProtected" >> beam.CoGroupByKey()
+            | "FindContamination"
+            >> beam.ParDo(_FindContamination(self.benchmarks, self.rule))
+            .with_output_types(Contact)
+            .with_outputs(COUNTS, main="contacts")
+        )
+        contacts = found.contacts | "ByContact" >> beam.Map(lambda c: (c.image_id, c)).with_output_types(
+            tuple[bytes, Contact]
+        )
+        parted = inputs["images"] | "Remove" >> beam.ParDo(_Remove(), AsDict(contacts)).with_output_types(
+            EmbeddedImage
+        ).with_outputs(DECISIONS, main="images")
+        # A side input made straight of a tagged output holds the main output too on BundleBasedDirectRunner.
+        counts = found[COUNTS] | "Counts" >> beam.Map(lambda one: one).with_output_types(BenchmarkCounts)
+        return Decontaminated(parted.images, parted[DECISIONS], counts)
