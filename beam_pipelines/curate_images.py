@@ -11,7 +11,7 @@ from rich.console import Console
 from beam_pipelines.embed_references import EmbedReferences
 from beam_pipelines.launch import ProgressReport, run_pipeline
 from beam_pipelines.options import CurateOptions
-from beam_pipelines.prepare import Job, error_rates, filter_rule, limits_of, plan_text, prepare
+from beam_pipelines.prepare import Job, error_rates, filter_rule, plan_text, prepare
 from beam_pipelines.request import keep_request
 from embeddings.contamination import ContaminationRule
 from embeddings.duplicates import DuplicateRule
@@ -150,10 +150,7 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
 
 
 def _embed_references(job: Job, model: Encoder) -> EmbedReferences:
-    options = job.options
-    reading = Reading(
-        job.reach, limits_of(options), model.geometry, model.images_at_once, job.decoders, options.decode
-    )
+    reading = Reading(job.reach, model.geometry, model.images_at_once, job.options.decode)
     return EmbedReferences(job.encoder, job.memory, reading, job.to, job.progress)
 
 

@@ -28,12 +28,12 @@ class EmbedReferences(beam.PTransform):
 
     @no_annotations
     def expand(self, references: beam.PCollection) -> Outcome:
-        memory, reach, limits = self.memory, self.reading.reach, self.reading.limits
+        memory, reach = self.memory, self.reading.reach
         known, unseen = references | "RecallReferences" >> RecallReferences(memory, reach)
         spooled = unseen | "SpoolImages" >> SpoolImages(self.to, reach, self.progress)
         identified = (known, spooled.identified) | "IdentifiedImages" >> beam.Flatten()
         recalled = Known(identified, spooled.rest) | "RecallImages" >> RecallImages(
-            memory, limits, reach, self.to, self.progress
+            memory, reach, self.to, self.progress
         )
         fresh = recalled.unknown | "EmbedImages" >> EmbedImages(
             self.encoder, memory.encoder, self.reading, self.to, self.progress

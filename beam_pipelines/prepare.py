@@ -66,7 +66,6 @@ class Job(NamedTuple):
     synthesis: Synthesis | None
     memory: Memory
     reach: Reach
-    decoders: int
     stored: Sequence[StoredPack]
     progress: str
     benchmarks: Sequence[Source]
@@ -105,18 +104,13 @@ def error_rates(options: CurateOptions) -> dict[str, float]:
     return rates
 
 
-def limits_of(options: CurateOptions) -> Limits:
-    """Caps on one image."""
-    return Limits(int(options.max_image_bytes), options.max_image_pixels)
-
-
 def filter_rule(options: CurateOptions) -> FilterRule:
     """What an image must be like to be used."""
     limits = {name: getattr(options, name) for name in FilterRule._fields if name != "expressions"}
     return FilterRule(**limits, expressions=tuple(options.filter))
 
 
-def prepare_synthesis(options: CurateOptions, reach: Reach, decoders: int) -> Synthesis | None:
+def prepare_synthesis(options: CurateOptions, reach: Reach) -> Synthesis | None:
     """Probe the endpoint, if there is one. Raises BadRequest where it cannot be used as asked."""
     if not options.vlm_base_url:
         return None
@@ -131,9 +125,7 @@ def prepare_synthesis(options: CurateOptions, reach: Reach, decoders: int) -> Sy
         client.with_model(found.model),
         load_prompt_pair(found.sees_images),
         options.vlm_max_pixels if found.sees_images else None,
-        limits_of(options),
         reach,
-        decoders,
         options.vlm_concurrency,
     )
     return Synthesis(backend, LookupPlanner())
@@ -163,7 +155,7 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
     model = load_encoder(spec)
     decoders = max(1, len(os.sched_getaffinity(0)) // options.workers) if is_local(pipeline_options) else 0
     reach = reach_of(to, options, decoders)
-    synthesis = prepare_synthesis(options, reach, decoders)
+    synthesis = prepare_synthesis(options, reach)
     stored = base.stored_packs() if base else []
     memory = recall_from(to, options, model)
     affecting = options.affecting_bytes() | {
@@ -179,17 +171,16 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
     }
     facts = RunFacts(base_id, affecting, metrics)
     progress = str(to.storage.scratch_path(to.token) / "progress") if is_local(pipeline_options) else ""
-    job = Job(
-        options, sources, spec, to, facts, synthesis, memory, reach, decoders, stored, progress, benchmarks
-    )
+    job = Job(options, sources, spec, to, facts, synthesis, memory, reach, stored, progress, benchmarks)
     return Prepared(job, model, pipeline_options, len(origins), gone, protected)
 
 
 def reach_of(to: Destination, options: CurateOptions, decoders: int) -> Reach:
     """How this run fetches."""
+    limits = Limits(int(options.max_image_bytes), options.max_image_pixels)
     web = WebOptions(
         allow_private=options.allow_private,
-        max_bytes=int(options.max_image_bytes),
+        max_bytes=limits.max_bytes,
         timeout_s=options.url_timeout_s,
         concurrency=options.url_concurrency,
         per_host=options.url_per_host,
@@ -200,7 +191,7 @@ def reach_of(to: Destination, options: CurateOptions, decoders: int) -> Reach:
     spools = [f"{storage_of(rooted(folder)).uri(FOLDER)}/" for folder in (to.out, *options.reuse_from)]
     rewrite = Rewrite(options.max_side, options.strip_metadata)
     epoch = url_epoch(to.storage) + options.refetch
-    return Reach(web, tuple(spools), epoch, rewrite, limits_of(options), decoders)
+    return Reach(web, tuple(spools), epoch, rewrite, limits, decoders)
 
 
 def recall_from(to: Destination, options: CurateOptions, model: Encoder) -> Memory:

@@ -89,7 +89,8 @@ def through_pipeline(
         return path
 
     decoders = len(os.sched_getaffinity(0))
-    reading = Reading(Reach(WebOptions()), Limits(), encoder.geometry, encoder.images_at_once, decoders)
+    reach = Reach(WebOptions(), decoders=decoders)
+    reading = Reading(reach, encoder.geometry, encoder.images_at_once)
     pipeline = beam.Pipeline(runner="FnApiRunner")
     _ = (
         pipeline

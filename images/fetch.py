@@ -42,8 +42,8 @@ class Reach(NamedTuple):
     """What a worker needs to know to fetch.
 
     `spools` are folders of copies: nothing is to be remembered of what lies there. `epoch` counts how often all urls were to be
-    fetched anew: a url is taken for unchanged until then. What is fetched is kept as `rewrite` says, which a worker's `decoders`
-    processes carry out.
+    fetched anew: a url is taken for unchanged until then. What is fetched is kept as `rewrite` says. `limits` cap an image, and a worker
+    has `decoders` processes that decode and rewrite, 0 for as many as cores.
     """
 
     web: WebOptions
@@ -52,6 +52,11 @@ class Reach(NamedTuple):
     rewrite: Rewrite = Rewrite()
     limits: Limits = Limits()
     decoders: int = 1
+
+
+def decoders_of(reach: Reach) -> DecodePool:
+    """The decoding processes of this process. Every borrower closes them."""
+    return shared_pool(reach.limits, reach.decoders)
 
 
 class Fetcher:
@@ -96,7 +101,7 @@ class Fetcher:
 
     @functools.cached_property
     def _pool(self) -> DecodePool:
-        return shared_pool(self._reach.limits, self._reach.decoders)
+        return decoders_of(self._reach)
 
     def etags(self, refs: Sequence[MediaRef]) -> list[str]:
         """`etag` of each, in order; a file that several lead into is looked at once."""

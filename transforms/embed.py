@@ -14,8 +14,7 @@ from apache_beam.typehints.decorators import no_annotations
 
 from embeddings.encoder import Encoder, EncoderSpec, load_encoder
 from images.decode import Decoded, DecodeMode, Limits, decoder_of
-from images.fetch import Reach, ref_rows
-from images.sandbox import shared_pool
+from images.fetch import Reach, decoders_of, ref_rows
 from images.sandbox_workers import MAY_PASS
 from shards.errors import BadData
 from shards.ids import digest
@@ -113,16 +112,12 @@ def failure_row(
 
 
 class Reading(NamedTuple):
-    """How references become pixels: what reaches them, their caps, the model's geometry, and how faithfully they are decoded.
-
-    A worker has `decoders` processes that decode (0: as many as cores), and its encoder takes `images_at_once`.
-    """
+    """How references become pixels: what reaches them, the model's geometry, how many images its encoder takes at once, and how
+    faithfully they are decoded."""
 
     reach: Reach
-    limits: Limits
     geometry: Geometry
     images_at_once: int
-    decoders: int
     mode: DecodeMode = "exact"
 
 
@@ -137,7 +132,7 @@ class _FetchAndDecode(beam.DoFn):
         self._refs = Ledger(self._to.storage, RefRow).writer(self._to.token)
         self._failures = Ledger(self._to.storage, ImageRow).writer(self._to.token)
         self._progress = ProgressFile(self._progress_folder, "images")
-        self._pool = shared_pool(self._reading.limits, self._reading.decoders)
+        self._pool = decoders_of(self._reading.reach)
         self._decoded = Metrics.counter(STAGE, "decoded")
 
     def process(self, batch: Sequence[SourceImage]) -> Iterator[Any]:
@@ -153,7 +148,9 @@ class _FetchAndDecode(beam.DoFn):
                 continue
             if image_id and decoded.code not in MAY_PASS:
                 self._failures.append(
-                    failure_row(image_id, num_bytes, decoded, self._decoder, self._encoder, reading.limits)
+                    failure_row(
+                        image_id, num_bytes, decoded, self._decoder, self._encoder, reading.reach.limits
+                    )
                 )
             yield from died("image", image_id, STAGE, decoded.code, source_image.origin, str(decoded))
 

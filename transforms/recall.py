@@ -235,7 +235,6 @@ class RecallImages(beam.PTransform):
     """
 
     memory: Memory
-    limits: Limits
     reach: Reach
     to: Destination
     progress: str = ""
@@ -271,7 +270,7 @@ class RecallImages(beam.PTransform):
             }
             | "JoinImages" >> beam.CoGroupByKey()
             | "Recall"
-            >> beam.ParDo(_JoinImages(memory, self.limits, self.progress))
+            >> beam.ParDo(_JoinImages(memory, self.reach.limits, self.progress))
             .with_output_types(EmbeddedImage)
             .with_outputs(DECISIONS, DEAD, UNKNOWN, main="images")
         )

@@ -10,9 +10,9 @@ from apache_beam.metrics import Metrics
 from apache_beam.pvalue import TaggedOutput
 from apache_beam.typehints.decorators import no_annotations
 
-from images.decode import Limits, as_jpeg
-from images.fetch import Reach
-from images.sandbox import DecodePool, shared_pool
+from images.decode import as_jpeg
+from images.fetch import Reach, decoders_of
+from images.sandbox import DecodePool
 from shards.errors import BadData
 from shards.ids import sample_id_of
 from shards.records import DeadLetter, PlannedImage, Sample
@@ -28,14 +28,12 @@ STAGE = "synthesise"
 
 class Backend(NamedTuple):
     """Who is asked, and how: at most `max_pixels` pixels of an image are sent, none where that is None; `concurrency` images at
-    a time per worker, which has `decoders` processes for re-encoding."""
+    a time per worker."""
 
     client: ChatClient
     prompts: PromptPair
     max_pixels: int | None
-    limits: Limits
     reach: Reach
-    decoders: int
     concurrency: int
 
 
@@ -49,7 +47,7 @@ def synthesise_sample(planned: PlannedImage, backend: Backend, pool: DecodePool)
         jpeg = None
         if backend.max_pixels is not None:
             encoded = fetcher_of(backend.reach).fetch_again(planned.source_image.ref, planned.image_id)
-            jpeg = pool.run(as_jpeg, encoded, backend.max_pixels, backend.limits)
+            jpeg = pool.run(as_jpeg, encoded, backend.max_pixels, backend.reach.limits)
         conversation, provenance = synthesise(planned, jpeg, backend.client, backend.prompts)
     except BadData as error:
         return dead_letter(planned.image_id, STAGE, error.code, planned.source_image.origin, str(error))
@@ -74,7 +72,7 @@ class _Synthesise(beam.DoFn):
 
     def setup(self) -> None:
         self._callers = ThreadPoolExecutor(self._backend.concurrency)
-        self._pool = shared_pool(self._backend.limits, self._backend.decoders)
+        self._pool = decoders_of(self._backend.reach)
         self._progress = ProgressFile(self._progress_folder, "conversations")
 
     def process(self, batch: Sequence[PlannedImage]) -> Iterator[Any]:

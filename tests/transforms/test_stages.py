@@ -14,7 +14,6 @@ from PIL import Image
 from embeddings.contamination import BenchmarkCounts, ContaminationRule
 from embeddings.duplicates import DuplicateRule
 from embeddings.encoder import EncoderSpec, load_encoder
-from images.decode import Limits
 from images.fetch import Reach
 from images.files import LocalFiles
 from images.sources import read_samples
@@ -132,9 +131,7 @@ def test_references_become_embedded_images_or_dead_letters(tmp_path: Path) -> No
             pipeline
             | beam.Create(images)
             | DistinctReferences()
-            | EmbedImages(
-                EncoderSpec(batch_size=8), fingerprint, Reading(REACH, Limits(), encoder.geometry, 16, 1), to
-            )
+            | EmbedImages(EncoderSpec(batch_size=8), fingerprint, Reading(REACH, encoder.geometry, 16), to)
         )
         assert_that(embedded.main | beam.Map(facts), equal_to(expected), "main")
         codes = [("bad.png", "unknown_format"), ("empty.png", "empty_file"), ("missing.png", "file_missing")]
@@ -346,17 +343,15 @@ def test_transforms_survive_pickling() -> None:
     to = Destination("out", "token")
     memory = Memory([], [Segment("out", "s")], "d", "e", "n", True)
     pack = StoredPack(ShardFile("media", "p", "", 1, 1), ShardFile("media_index", "p.index", "", 1, 1))
-    backend = Backend(
-        ChatClient("http://127.0.0.1:9", "m"), load_prompt_pair(True), 1000, Limits(), REACH, 1, 2
-    )
+    backend = Backend(ChatClient("http://127.0.0.1:9", "m"), load_prompt_pair(True), 1000, REACH, 2)
     for transform in (
         ReadSamples(5, 1),
         DistinctReferences(),
         RecallReferences(memory, REACH),
         SpoolImages(to, REACH),
-        RecallImages(memory, Limits(), REACH, to),
+        RecallImages(memory, REACH, to),
         LimitErrors({"any": 0.5}),
-        EmbedImages(EncoderSpec(), "e", Reading(REACH, Limits(), geometry, 8, 1), to),
+        EmbedImages(EncoderSpec(), "e", Reading(REACH, geometry, 8), to),
         ReadStored("out", [pack]),
         KeepPacks([pack]),
         FilterImages(FilterRule(min_side=9, expressions=("side > 3",))),
