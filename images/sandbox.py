@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 
-from images.decode import Decoded, DecodeMode, Limits, as_jpeg, decode
+from images.decode import Decoded, DecodeMode, Limits, decode
 from images.sandbox_child import Caps, Slot
 from images.sandbox_workers import Died, Server, Shortage, Worker
 from shards.errors import BadData, SandboxBroken
@@ -81,12 +81,6 @@ class DecodePool:
     ) -> Iterator[Decoded | BadData]:
         """`decode` of each image, in order, reading ahead no further than keeps the workers busy."""
         return self.map(decode, encoded, geometry, self.limits, mode)
-
-    def as_jpegs(
-        self, encoded: Iterable[bytes], max_pixels: int, quality: int = 90
-    ) -> Iterator[bytes | BadData]:
-        """`as_jpeg` of each image, in order."""
-        return self.map(as_jpeg, encoded, max_pixels, self.limits, quality)
 
     def count_lost(self) -> None:
         with self._changed:

@@ -16,13 +16,11 @@ import re
 import socket
 import ssl
 import threading
-import time
 import zlib
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import NamedTuple, Self
 
 import h11
@@ -43,6 +41,7 @@ from images.dial import (
     resolve_host,
 )
 from shards.errors import BadData, BadRequest
+from shards.retry_after import retry_after_s
 
 TRANSIENT = frozenset({"http_failed", "http_timeout", "http_truncated", "http_unreachable"})
 """Codes of what may pass: another run asks again. The others are the url's own."""
@@ -492,11 +491,11 @@ class Web:
     def _refusal(self, status: int, headers: httpx.Headers, host: _Host) -> Exception:
         message = f"HTTP {status}"
         if status in _RETRIED or status >= 500:
-            retry_after_s = _retry_after_s(headers.get("retry-after", ""))
-            if retry_after_s <= _MAX_RETRY_AFTER_S:
+            pause_s = retry_after_s(headers.get("retry-after", ""))
+            if pause_s <= _MAX_RETRY_AFTER_S:
                 # Said to one request, meant for all.
-                host.paused_until = max(host.paused_until, self._loop.time() + retry_after_s)
-            return Passing(BadData("http_failed", message), retry_after_s)
+                host.paused_until = max(host.paused_until, self._loop.time() + pause_s)
+            return Passing(BadData("http_failed", message), pause_s)
         if status in (404, 410):
             return BadData("http_gone", message)
         if status in (401, 403, 451):
@@ -547,17 +546,6 @@ def robots_tag(values: list[str], agent: str, disallowed: frozenset[str]) -> str
             if told in (agent, "*") and directive in disallowed:
                 return directive
     return ""
-
-
-def _retry_after_s(value: str) -> float:
-    """Seconds or an HTTP date, 0 if absent or unreadable."""
-    value = value.strip()
-    if value.isascii() and value.isdigit():
-        return float(value)
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return 0.0
 
 
 def _no_such_host(why: str, number: int | None = socket.EAI_NONAME) -> Exception:

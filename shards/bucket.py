@@ -23,6 +23,7 @@ from google.cloud.storage.retry import DEFAULT_RETRY
 from shards import gcs
 from shards.crash import crash_point
 from shards.errors import BadRequest, CommitConflict
+from shards.ranges import RangeStream
 from shards.storage import RandomAccess, Storage, Stored
 
 _UPLOAD_BYTES = 8 << 20
@@ -197,31 +198,15 @@ class _BucketFile:
         pass
 
 
-class _BucketStream(io.RawIOBase):
-    """A file from its beginning, seekable. Not bound to a generation: a rerun may put the same content again meanwhile."""
+class _BucketStream(RangeStream):
+    """A file. Not bound to a generation: a rerun may put the same content again meanwhile."""
 
     def __init__(self, file: RandomAccess, num_bytes: int) -> None:
-        self._file, self.num_bytes, self._position = file, num_bytes, 0
+        super().__init__(num_bytes)
+        self._file = file
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.num_bytes}[whence]
-        self._position = max(0, start + offset)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._file.read(self._position, min(len(buffer), self.num_bytes - self._position))
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
+    def read_range(self, offset: int, num_bytes: int) -> bytes:
+        return self._file.read(offset, num_bytes)
 
 
 def _generation(found: Any) -> int:

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -18,6 +17,7 @@ import tenacity
 from PIL import Image
 
 from shards.errors import BadData, BadRequest
+from shards.retry_after import retry_after_s
 
 MAX_RESPONSE_BYTES = 4 * 2**20
 MAX_ANSWER_CHARS = 2**16
@@ -333,18 +333,9 @@ def _failure_of(status: int, headers: httpx.Headers, body: str) -> VlmFailure:
         code = "vlm_server_error"
     else:
         code = "vlm_refused" if status >= 400 else "vlm_bad_response"
-    return VlmFailure(code, message, status, transient, _retry_after_s(headers) if transient else 0.0)
-
-
-def _retry_after_s(headers: httpx.Headers) -> float:
-    """Seconds or an HTTP date, 0 if absent or unreadable."""
-    value = headers.get("retry-after", "").strip()
-    if value.isascii() and value.isdigit():
-        return float(value)
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return 0.0
+    return VlmFailure(
+        code, message, status, transient, retry_after_s(headers.get("retry-after", "")) if transient else 0.0
+    )
 
 
 def _answer_of(reply: Any) -> str:

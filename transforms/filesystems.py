@@ -6,11 +6,12 @@ import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from os.path import commonprefix
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import BinaryIO, TypeVar, cast
 
 from images.fetch import Fetcher, Reach
 from images.files import Content, Found, LocalFiles, State, too_many_bytes
 from shards.errors import BadData, BadRequest
+from shards.ranges import RangeStream
 from transforms.objects import objects_of
 
 _FIRST_BYTES = 4 << 20
@@ -138,37 +139,19 @@ def _told(ask: Callable[[], T]) -> T:
         raise BadData("unreadable", str(error)) from error
 
 
-class _ObjectStream(io.RawIOBase):
-    """An object as it was when it was opened, seekable. Raises OSError where it is written again meanwhile."""
+class _ObjectStream(RangeStream):
+    """An object as it was when it was opened. Raises OSError where it is written again meanwhile."""
 
     def __init__(self, uri: str) -> None:
-        self._objects, self._uri, self._position = objects_of(uri), uri, 0
-        self._num_bytes, self._etag = self._objects.state(uri)
+        self._objects, self._uri = objects_of(uri), uri
+        num_bytes, self._etag = self._objects.state(uri)
+        super().__init__(num_bytes)
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._num_bytes}[whence]
-        self._position = max(0, start + offset)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        num_bytes = min(len(buffer), self._num_bytes - self._position)
-        if num_bytes <= 0:
-            return 0
-        data, etag = self._objects.read(self._uri, self._position, num_bytes)
+    def read_range(self, offset: int, num_bytes: int) -> bytes:
+        data, etag = self._objects.read(self._uri, offset, num_bytes)
         if (etag and self._etag and etag != self._etag) or len(data) < num_bytes:
             raise OSError(errno.ESTALE, f"{self._uri}: changed while it was read")
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
+        return data
 
 
 @functools.lru_cache(maxsize=8)

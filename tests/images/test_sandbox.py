@@ -70,7 +70,7 @@ def test_it_gives_what_decoding_in_process_gives(pool: DecodePool, corpus: list[
 def test_the_other_functions(pool: DecodePool, corpus: list[Path]) -> None:
     encoded = corpus[5].read_bytes()
     assert pool.run(as_jpeg, encoded, 10_000, LIMITS) == as_jpeg(encoded, 10_000, LIMITS)
-    assert list(pool.as_jpegs([encoded], 10_000)) == [as_jpeg(encoded, 10_000, LIMITS)]
+    assert list(pool.map(as_jpeg, [encoded], 10_000, LIMITS)) == [as_jpeg(encoded, 10_000, LIMITS)]
     assert pool.run(facts_of, encoded, LIMITS) == facts_of(encoded, LIMITS)
     with pytest.raises(BadData) as caught:
         pool.run(facts_of, b"nothing", LIMITS)
