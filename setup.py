@@ -18,6 +18,7 @@ PACKAGES = [
 REQUIRES = [
     "apache-beam>=2.77,<2.78",
     "braceexpand>=0.1.7,<1",
+    "faiss-cpu>=1.11,<2",
     "google-crc32c>=1.5",
     "h11>=0.16,<1",
     "httpx>=0.27,<1",
@@ -33,6 +34,7 @@ REQUIRES = [
     "pyyaml>=6",
     "rich>=13",
     "safetensors>=0.4",
+    "scipy>=1.13",
     "simpleeval>=1.0.8,<2",
     "tenacity>=8.2",
     "tensorboard>=2.16",
@@ -54,7 +56,6 @@ EXTRAS = {
         "xllamacpp>=2026.0",
     ],
     "gcp": ["apache-beam[gcp]>=2.77,<2.78", "google-cloud-storage>=3"],
-    "gpu": ["faiss-gpu-cu12>=1.8"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["demo"],

@@ -14,7 +14,6 @@ from beam_pipelines.options import CurateOptions
 from beam_pipelines.prepare import Job, error_rates, filter_rule, plan_text, prepare
 from beam_pipelines.request import keep_request
 from embeddings.contamination import ContaminationRule
-from embeddings.duplicates import DuplicateRule
 from embeddings.encoder import Encoder
 from images.sources.source import Source
 from shards.errors import BadRequest
@@ -42,8 +41,6 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
     Every reference and every sample that is read gets exactly one decision row on its way; `Commit` counts them.
     """
     options = job.options
-    rule = DuplicateRule(options.dedup_mode, options.cosine, options.phash_bits, options.structure)
-
     limit = LimitErrors(error_rates(options))
     code_of = beam.Map(lambda row: row.code).with_output_types(str)
 
@@ -68,7 +65,10 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
     meets_rule, filtered = embedded | "FilterImages" >> FilterImages(filter_rule(options))
     wanted, contaminated, benchmarks = _decontaminate(meets_rule, job, model)
     images, same_bytes = wanted | "CollapseSameBytes" >> CollapseSameBytes()
-    verdicts = images | "FindNearDuplicates" >> FindNearDuplicates(rule)
+    fixed = images.pipeline | "NothingFixed" >> beam.Create([])
+    verdicts, searched = {"images": images, "fixed": fixed} | "FindNearDuplicates" >> FindNearDuplicates(
+        job.search
+    )
     tagged = images | "TagImages" >> TagImages(model.class_names, options.tag_min_score, options.max_tags)
     fates, kept, near = {
         "embedded": wanted,
@@ -146,6 +146,7 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
         | "Synthesised" >> beam.Filter(lambda s: s.provenance.generator != "source"),
         "encoders": embedded | "Encoders" >> beam.Map(lambda image: f"{image.encoder} {image.numerics}"),
         "benchmarks": benchmarks,
+        "searched": searched,
     } | "Commit" >> Commit(job.to, job.facts)
 
 

@@ -322,6 +322,20 @@ class CurateOptions(BaseModel):
         ge=0,
         le=1,
     )
+    prefer: Literal["pixels", "bytes", "sharpness"] = option(
+        "pixels",
+        "Which of two duplicates of one source is kept: that of more pixels, of more bytes, or the sharper one.",
+        affects_bytes=True,
+        group="Near duplicates",
+    )
+    dedup_recall: float = option(
+        1.0,
+        "Share of the duplicate pairs by embedding that has to be found; below 1 a sample tells how little searching does.",
+        affects_bytes=True,
+        group="Near duplicates",
+        gt=0,
+        le=1,
+    )
     on_duplicate: Literal["merge", "drop"] = option(
         "merge",
         "Samples of a near duplicate: merge moves them to a keeper of the same decoded pixels, drop lets them go with it.",

@@ -23,7 +23,8 @@ from beam_pipelines.sources import (
     image_origins,
 )
 from beam_pipelines.wording import plural
-from embeddings.duplicates import MAX_IMAGES
+from embeddings.contamination import MAX_IMAGES
+from embeddings.duplicates import DuplicateRule, Group
 from embeddings.encoder import Encoder, EncoderSpec, load_encoder
 from images.decode import Limits, decoder_of
 from images.fetch import Reach
@@ -31,14 +32,15 @@ from images.rewrite import Rewrite
 from images.sources.source import Source
 from images.web import WebOptions
 from shards.errors import BadRequest
-from shards.ledger import ImageRow, Ledger, RefRow, url_epoch
+from shards.ledger import CellsRow, ImageRow, Ledger, RefRow, SearchRow, url_epoch
 from shards.snapshot import Destination, StoredPack, open_by_id, read_current
 from shards.spool import FOLDER, spooled_uris
-from shards.storage import rooted, storage_of
+from shards.storage import Storage, rooted, storage_of
 from synthesis.client import ChatClient, probe
 from synthesis.planner import LookupPlanner
 from synthesis.prompts import load_prompt_pair
 from transforms.commit import RunFacts
+from transforms.deduplicate import Search
 from transforms.filter import FilterRule, parse_expressions
 from transforms.limit import ANY
 from transforms.recall import Memory
@@ -65,6 +67,7 @@ class Job(NamedTuple):
     facts: RunFacts
     synthesis: Synthesis | None
     memory: Memory
+    search: Search
     reach: Reach
     stored: Sequence[StoredPack]
     progress: str
@@ -139,7 +142,7 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
     sources = find_sources(options)
     benchmarks = find_benchmarks(options.decontaminate)
     check_output(options.output, sources, benchmarks)
-    origins = image_origins(sources, options.limit, options.seed, MAX_IMAGES)
+    origins = image_origins(sources, options.limit, options.seed, MAX_IMAGES if benchmarks else None)
     protected = count_protected(benchmarks)
     error_rates(options)
     to = Destination(rooted(options.output), uuid.uuid4().hex)
@@ -158,6 +161,7 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
     synthesis = prepare_synthesis(options, reach)
     stored = base.stored_packs() if base else []
     memory = recall_from(to, options, model)
+    search = search_for(to, options, model)
     affecting = options.affecting_bytes() | {
         "encoder_weights": model.weights_sha256,
         "batch_size": model.batch_size,
@@ -171,7 +175,9 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
     }
     facts = RunFacts(base_id, affecting, metrics)
     progress = str(to.storage.scratch_path(to.token) / "progress") if is_local(pipeline_options) else ""
-    job = Job(options, sources, spec, to, facts, synthesis, memory, reach, stored, progress, benchmarks)
+    job = Job(
+        options, sources, spec, to, facts, synthesis, memory, search, reach, stored, progress, benchmarks
+    )
     return Prepared(job, model, pipeline_options, len(origins), gone, protected)
 
 
@@ -194,14 +200,36 @@ def reach_of(to: Destination, options: CurateOptions, decoders: int) -> Reach:
     return Reach(web, tuple(spools), epoch, rewrite, limits, decoders)
 
 
-def recall_from(to: Destination, options: CurateOptions, model: Encoder) -> Memory:
-    """The ledgers that this run may recall from: its own folder's, and those of `--reuse-from`."""
+def ledgers_of(to: Destination, options: CurateOptions) -> list[Storage]:
+    """Folders whose ledgers this run reads. Raises BadRequest."""
     storages = [to.storage]
     for other in options.reuse_from:
         storage = storage_of(rooted(other))
         if not any(True for _ in storage.walk("ledger")):
             raise BadRequest(f"--reuse-from {other}: no ledger there; give the --output of an earlier run")
         storages.append(storage)
+    return storages
+
+
+def search_for(to: Destination, options: CurateOptions, model: Encoder) -> Search:
+    """How this run finds near duplicates."""
+    rule = DuplicateRule(options.dedup_mode, options.cosine, options.phash_bits, options.structure)
+    storages = ledgers_of(to, options)
+    return Search(
+        [Group(rule.thresholds)],
+        to,
+        prefer=options.prefer,
+        recall=options.dedup_recall,
+        device=options.device,
+        encoder=model.fingerprint,
+        cells=[segment for storage in storages for segment in Ledger(storage, CellsRow).segments()],
+        searches=[segment for storage in storages for segment in Ledger(storage, SearchRow).segments()],
+    )
+
+
+def recall_from(to: Destination, options: CurateOptions, model: Encoder) -> Memory:
+    """The ledgers that this run may recall from: its own folder's, and those of `--reuse-from`."""
+    storages = ledgers_of(to, options)
     refs = [segment for storage in storages for segment in Ledger(storage, RefRow).segments()]
     images = [segment for storage in storages for segment in Ledger(storage, ImageRow).segments()]
     spooled = frozenset(uri for storage in storages for uri in spooled_uris(storage))

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from embeddings.duplicates import DuplicateRule, Signatures, compare, propose, signatures
 
-MAX_PROTECTED = 200_000
+MAX_IMAGES, MAX_PROTECTED = 20_000, 200_000
 _BLOCK = 1024
 _PROTECTED_AT_ONCE = 4096
 
@@ -102,7 +102,7 @@ class _Search:
 
     def __init__(self, images: Sequence[Print], benchmarks: Sequence[str], rule: ContaminationRule) -> None:
         self._verified_only = rule.verified_only
-        self._pairs = DuplicateRule("copies", rule.cosine, rule.phash_bits, rule.structure)
+        self._pairs = DuplicateRule("copies", rule.cosine, rule.phash_bits, rule.structure).thresholds
         self._ours = signatures([one.signature for one in images])
         self._row_of = {one.image_id: row for row, one in enumerate(images)}
         self._column_of = {name: column for column, name in enumerate(benchmarks)}
@@ -135,7 +135,7 @@ class _Search:
         same: npt.NDArray[np.bool_],
         protected: Sequence[Print],
     ) -> None:
-        compared = compare(self._ours.at(slice(row, row + 1)), theirs, self._pairs)
+        compared = compare(self._ours.at(slice(row, row + 1)), theirs, *self._pairs)
         verified = compared.verified | same
         hits = verified if self._verified_only else verified | compared.candidate
         if not hits.any():

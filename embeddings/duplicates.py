@@ -1,29 +1,64 @@
 """Which images are near duplicates of which: the meaning, and the walk that carries it out.
 
-Order: images by (source priority, more pixels, more bytes, smaller image_id). Walk down: an image is kept iff no kept image is
-its duplicate; a loser names the kept duplicate with the highest score, ties by order. So a chain of look-alikes never joins
-two images that are unlike.
+Order: images by (source priority, more pixels, more bytes, smaller image_id); `Print.rank` holds the first three. Walk down: an image is
+kept iff no kept image is its duplicate; a loser names the kept duplicate with the highest score, ties by order. So a chain of
+look-alikes never joins two images that are unlike.
 
 A pair is a **candidate** if its 64-bit pHashes differ in at most `phash_bits` or its score reaches `cosine`. In mode `copies` a
 candidate counts once **verified**: the 1,024-bit hashes differ in at most the fraction `structure`. Mode `similar` takes the
-score alone; mode `exact` only equal bytes, so nothing here. The score is the float64 dot product of the stored float16 vectors:
-products have 22 significant bits and the sum of 1,280 of them stays within 53, so it is exact in any order of summation.
-
-This form runs in one process and compares every image with every kept one: fine to `MAX_IMAGES`.
+score alone; mode `exact` only equal bytes, so nothing here. A pair of two sources takes the stricter of each threshold. The score is
+the float64 dot product of the stored float16 vectors: products have 22 significant bits and the sum of 1,280 of them stays within 53,
+so it is exact in any order of summation.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple, Self
 
+import faiss
 import numpy as np
 import numpy.typing as npt
 
-from shards.records import EmbeddedImage, Verdict
+from shards.records import EmbeddedImage, ImageFacts, Verdict
 
-MAX_IMAGES = 20_000
+DedupMode = Literal["copies", "similar", "exact"]
+Preference = Literal["pixels", "bytes", "sharpness"]
+
+STRUCTURE_BITS = 1024
+PRINT_ID_BYTES = 16
+PROPOSAL_MARGIN = 0.001
+"""float32 products of unit float16 vectors are within 1e-4 of exact, and rounded to float16 within 5e-4; the exact score decides."""
 _BLOCK = 256
-_PROPOSAL_MARGIN = 0.001
-"""float32 products of unit float16 vectors are within 1e-4 of exact; what they propose is decided by the exact score."""
+_NEVER = 2.0
+"""A cosine that no pair reaches."""
+
+
+class Thresholds(NamedTuple):
+    """What makes a pair duplicates: (score >= `cosine` or pHash bits <= `phash_bits`) and structure bits <= `structure_bits`.
+
+    `phash_bits` -1: the pHash proposes nothing. `structure_bits` 1,024: nothing is verified.
+    """
+
+    cosine: float
+    phash_bits: int
+    structure_bits: int
+
+    def stricter(self, other: "Thresholds") -> "Thresholds":
+        return Thresholds(
+            max(self.cosine, other.cosine),
+            min(self.phash_bits, other.phash_bits),
+            min(self.structure_bits, other.structure_bits),
+        )
+
+    def looser(self, other: "Thresholds") -> "Thresholds":
+        return Thresholds(
+            min(self.cosine, other.cosine),
+            max(self.phash_bits, other.phash_bits),
+            max(self.structure_bits, other.structure_bits),
+        )
+
+
+NEVER = Thresholds(_NEVER, -1, -1)
 
 
 class DuplicateRule(NamedTuple):
@@ -34,11 +69,43 @@ class DuplicateRule(NamedTuple):
     phash_bits: int = 8
     structure: float = 0.12
 
+    @property
+    def thresholds(self) -> Thresholds:
+        if self.mode == "exact":
+            return NEVER
+        if self.mode == "similar":
+            return Thresholds(self.cosine, -1, STRUCTURE_BITS)
+        return Thresholds(self.cosine, self.phash_bits, int(self.structure * STRUCTURE_BITS))
 
-def order_key(image: EmbeddedImage) -> tuple[int, int, int, bytes]:
-    """Sort key of the walk: what comes first is kept."""
-    facts = image.facts
-    return image.source_image.origin.priority, -facts.width * facts.height, -facts.num_bytes, image.image_id
+
+class Group(NamedTuple):
+    """Images that are judged alike: those of sources with the same thresholds, or, `fixed`, the kept images of another snapshot.
+
+    Fixed images come before all others, are kept whatever they are like, and are not compared with each other.
+    """
+
+    thresholds: Thresholds
+    fixed: bool = False
+
+
+class Pairing:
+    """The thresholds of pairs, by the groups of both: float64 `cosine`, int64 `phash_bits` and `structure_bits`, each (groups, groups)."""
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.groups = tuple(groups)
+        table = [
+            [NEVER if a.fixed and b.fixed else a.thresholds.stricter(b.thresholds) for b in groups]
+            for a in groups
+        ]
+        self.cosine = np.array([[pair.cosine for pair in row] for row in table])
+        self.phash_bits = np.array([[pair.phash_bits for pair in row] for row in table])
+        self.structure_bits = np.array([[pair.structure_bits for pair in row] for row in table])
+        self.fixed = np.array([group.fixed for group in groups])
+        loosest = NEVER
+        for pair in (pair for row in table for pair in row):
+            loosest = loosest.looser(pair)
+        self.loosest = loosest
+        """What every duplicate pair meets: what searches propose by."""
 
 
 class Signatures(NamedTuple):
@@ -64,13 +131,36 @@ def signatures(triples: Sequence[tuple[bytes, bytes, bytes]]) -> Signatures:
     )
 
 
-def propose(ours: Signatures, theirs: Signatures, rule: DuplicateRule) -> npt.NDArray[np.bool_]:
+def differing_bits(ours: npt.NDArray[np.uint64], theirs: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:
+    """uint64 (n, W) and (m, W) -> int32 (n, m): how many bits of each pair differ. W words, or none for (n,) and (m,)."""
+    ours, theirs = np.ascontiguousarray(ours), np.ascontiguousarray(theirs)
+    found = np.empty((len(ours), len(theirs)), np.int32)
+    if found.size:
+        width = ours.nbytes // len(ours)
+        pointers = (faiss.swig_ptr(array.view(np.uint8)) for array in (ours, theirs))
+        faiss.hammings(*pointers, len(ours), len(theirs), width, faiss.swig_ptr(found))  # type: ignore[attr-defined]
+    return found
+
+
+def exact_scores(
+    vectors: npt.NDArray[np.float16], ours: npt.NDArray[np.intp], theirs: npt.NDArray[np.intp]
+) -> npt.NDArray[np.float64]:
+    """The scores of pairs of rows, float64 (pairs,)."""
+    scores = np.empty(len(ours))
+    at_once = max(1, (1 << 22) // vectors.shape[1])
+    for start in range(0, len(ours), at_once):
+        part = slice(start, start + at_once)
+        left, right = vectors[ours[part]].astype(np.float64), vectors[theirs[part]].astype(np.float64)
+        scores[part] = np.einsum("ij,ij->i", left, right)
+    return scores
+
+
+def propose(ours: Signatures, theirs: Signatures, loosest: Thresholds) -> npt.NDArray[np.bool_]:
     """bool (ours, theirs): pairs that may be candidates; never misses one."""
     scores = ours.vectors.astype(np.float32) @ theirs.vectors.astype(np.float32).T
-    proposed = scores >= rule.cosine - _PROPOSAL_MARGIN
-    if rule.mode == "copies":
-        differing = ours.phashes[:, None] ^ theirs.phashes[None, :]
-        proposed |= np.bitwise_count(differing) <= rule.phash_bits
+    proposed = scores >= loosest.cosine - PROPOSAL_MARGIN
+    if loosest.phash_bits >= 0:
+        proposed |= differing_bits(ours.phashes, theirs.phashes) <= loosest.phash_bits
     return np.asarray(proposed)
 
 
@@ -81,90 +171,161 @@ class Comparison(NamedTuple):
     """
 
     scores: npt.NDArray[np.float64]
-    bits: npt.NDArray[np.uint8]
-    distances: npt.NDArray[np.uint64]
+    bits: npt.NDArray[np.int32]
+    distances: npt.NDArray[np.int32]
     by_cosine: npt.NDArray[np.bool_]
     candidate: npt.NDArray[np.bool_]
     verified: npt.NDArray[np.bool_]
 
 
-def compare(one: Signatures, others: Signatures, rule: DuplicateRule) -> Comparison:
-    """The meaning of candidate and verified. `one` holds a single image."""
+def compare(
+    one: Signatures, others: Signatures, cosine: Any, phash_bits: Any, structure_bits: Any
+) -> Comparison:
+    """The meaning of candidate and verified. `one` holds a single image; thresholds are numbers, or arrays (M,)."""
     scores = others.vectors.astype(np.float64) @ one.vectors[0].astype(np.float64)
-    bits = np.bitwise_count(others.phashes ^ one.phashes)
-    distances = np.bitwise_count(others.structures ^ one.structures).sum(axis=1)
-    by_cosine = scores >= rule.cosine
-    candidate = by_cosine | (bits <= rule.phash_bits) if rule.mode == "copies" else by_cosine
-    verified = candidate & (distances <= rule.structure * one.structures.shape[1] * 64)
-    return Comparison(scores, bits, distances, by_cosine, candidate, verified)
+    bits = differing_bits(one.phashes, others.phashes)[0]
+    distances = differing_bits(one.structures, others.structures)[0]
+    by_cosine = scores >= cosine
+    candidate = by_cosine | (bits <= phash_bits)
+    return Comparison(
+        scores, bits, distances, by_cosine, candidate, candidate & (distances <= structure_bits)
+    )
 
 
-class _Columns(NamedTuple):
-    """Facts of N images in walk order, a row each."""
+class Print(NamedTuple):
+    """What an image is ordered and compared by. `rank` sorts before `image_id`; `group` numbers the Group; hashes as in `ImageFacts`.
 
-    ids: list[bytes]
-    pixels: list[bytes]
+    `print_id` is a digest of all that comparing depends on: 16 bytes.
+    """
+
+    print_id: bytes
+    rank: tuple[int, int, int]
+    image_id: bytes
+    group: int
+    embedding: bytes
+    phash: bytes
+    structure: bytes
+    pixel_hash: bytes
+
+
+FIXED_PRIORITY = -1
+"""Rank of fixed images: before every source."""
+
+
+def print_of(
+    image: EmbeddedImage, group: int, groups: Sequence[Group], prefer: Preference = "pixels"
+) -> Print:
+    """The print of an image of the numbered group."""
+    facts = image.facts
+    thresholds, fixed = groups[group]
+    compared_by = (image.image_id, facts.phash, facts.structure, image.embedding)
+    said = f"{thresholds} {fixed}".encode()
+    return Print(
+        hashlib.sha256(b"".join((*compared_by, said))).digest()[:PRINT_ID_BYTES],
+        (
+            FIXED_PRIORITY if fixed else image.source_image.origin.priority,
+            *_merits(facts, prefer),
+        ),
+        image.image_id,
+        group,
+        image.embedding,
+        facts.phash,
+        facts.structure,
+        facts.pixel_hash,
+    )
+
+
+def _merits(facts: ImageFacts, prefer: Preference) -> tuple[int, int]:
+    """Of two images of one source that with the smaller merits is kept."""
+    num_pixels = facts.width * facts.height
+    if prefer == "bytes":
+        return -facts.num_bytes, -num_pixels
+    if prefer == "sharpness":
+        return -facts.sharpness_milli, -num_pixels
+    return -num_pixels, -facts.num_bytes
+
+
+def ids_of(data: bytes) -> npt.NDArray[np.void]:
+    """Joined print ids as an array V16 (N,)."""
+    return np.frombuffer(data, f"V{PRINT_ID_BYTES}")
+
+
+class Prints(NamedTuple):
+    """N prints as columns. `print_ids` V16 (N,), `groups` int64 (N,); image ids and hashes of pixels as bytes."""
+
+    print_ids: npt.NDArray[np.void]
+    ids: Sequence[bytes]
+    pixels: Sequence[bytes]
+    groups: npt.NDArray[np.int64]
     signatures: Signatures
 
+    @classmethod
+    def of(cls, prints: Sequence[Print]) -> Self:
+        return cls(
+            ids_of(b"".join(one.print_id for one in prints)),
+            [one.image_id for one in prints],
+            [one.pixel_hash for one in prints],
+            np.array([one.group for one in prints], np.int64),
+            signatures([(one.embedding, one.phash, one.structure) for one in prints]),
+        )
 
-def _columns(images: Sequence[EmbeddedImage]) -> _Columns:
-    return _Columns(
-        [image.image_id for image in images],
-        [image.facts.pixel_hash for image in images],
-        signatures([(image.embedding, image.facts.phash, image.facts.structure) for image in images]),
-    )
 
-
-def _verdict(
-    columns: _Columns, loser: int, keepers: npt.NDArray[np.intp], rule: DuplicateRule
-) -> Verdict | None:
+def _verdict(prints: Prints, loser: int, keepers: npt.NDArray[np.intp], pairing: Pairing) -> Verdict | None:
     """The verdict against proposed keepers (in walk order), or None where none of them is a duplicate."""
-    own = columns.signatures.at(slice(loser, loser + 1))
-    compared = compare(own, columns.signatures.at(keepers), rule)
-    duplicate = compared.verified if rule.mode == "copies" else compared.candidate
-    if not duplicate.any():
+    own = prints.signatures.at(slice(loser, loser + 1))
+    pair = prints.groups[loser], prints.groups[keepers]
+    cosine, phash_bits = pairing.cosine[pair], pairing.phash_bits[pair]
+    compared = compare(own, prints.signatures.at(keepers), cosine, phash_bits, pairing.structure_bits[pair])
+    if not compared.verified.any():
         return None
-    best = int(np.argmax(np.where(duplicate, compared.scores, -np.inf)))  # argmax takes the first of equals
+    best = int(
+        np.argmax(np.where(compared.verified, compared.scores, -np.inf))
+    )  # argmax takes the first of equals
     keeper = int(keepers[best])
     by_cosine = compared.by_cosine[best]
+    elsewhere = bool(pairing.fixed[prints.groups[keeper]])
     return Verdict(
-        image_id=columns.ids[loser],
-        keeper_id=columns.ids[keeper],
-        code="near_cosine" if by_cosine else "near_phash",
+        image_id=prints.ids[loser],
+        keeper_id=prints.ids[keeper],
+        code=("against" if elsewhere else "near") + ("_cosine" if by_cosine else "_phash"),
         score=float(compared.scores[best] if by_cosine else compared.bits[best]),
-        threshold=float(rule.cosine if by_cosine else rule.phash_bits),
+        threshold=float(cosine[best] if by_cosine else phash_bits[best]),
         structure_distance=int(compared.distances[best]),
-        same_pixels=columns.pixels[loser] == columns.pixels[keeper],
+        # What another snapshot keeps is not in this one: no conversation can move there.
+        same_pixels=not elsewhere and prints.pixels[loser] == prints.pixels[keeper],
     )
 
 
-def _kept(image_id: bytes) -> Verdict:
+def kept(image_id: bytes) -> Verdict:
+    """The verdict on an image that has no duplicate before it."""
     return Verdict(image_id, image_id, "kept", 1.0, 0.0, 0, True)
 
 
-def find_near_duplicates(images: Sequence[EmbeddedImage], rule: DuplicateRule) -> list[Verdict]:
-    """One verdict per image, in walk order. `images` have distinct ids and may come in any order.
+def walk(prints: Iterable[Print], pairing: Pairing) -> list[Verdict]:
+    """One verdict per image that is not fixed, in walk order. Prints of distinct images, in any order.
 
     Work is one comparison per image and kept image, in blocks; memory is linear.
     """
-    ordered = sorted(images, key=order_key)
-    if rule.mode == "exact" or not ordered:
-        return [_kept(image.image_id) for image in ordered]
-    columns = _columns(ordered)
-    kept: list[int] = []
+    ordered = sorted(prints, key=lambda one: (one.rank, one.image_id))
+    if not ordered:
+        return []
+    columns = Prints.of(ordered)
+    fixed = pairing.fixed[columns.groups]
+    kept_rows: list[int] = np.flatnonzero(fixed).tolist()
+    free = np.flatnonzero(~fixed)
     verdicts = []
-    for start in range(0, len(ordered), _BLOCK):
-        block = slice(start, min(start + _BLOCK, len(ordered)))
-        others = np.array([*kept, *range(block.start, block.stop)], dtype=np.intp)
-        proposed = propose(columns.signatures.at(block), columns.signatures.at(others), rule)
+    for start in range(0, len(free), _BLOCK):
+        block = free[start : start + _BLOCK]
+        others = np.array([*kept_rows, *block], dtype=np.intp)
+        proposed = propose(columns.signatures.at(block), columns.signatures.at(others), pairing.loosest)
         is_kept = np.zeros(len(others), bool)
-        is_kept[: len(kept)] = True
-        for index in range(block.start, block.stop):
-            keepers = others[proposed[index - block.start] & is_kept]
-            verdict = _verdict(columns, index, keepers, rule) if len(keepers) else None
+        is_kept[: len(kept_rows)] = True
+        for place, index in enumerate(block):
+            keepers = others[proposed[place] & is_kept]
+            verdict = _verdict(columns, int(index), keepers, pairing) if len(keepers) else None
             if verdict is None:
-                is_kept[len(others) - block.stop + index] = True
-                verdict = _kept(columns.ids[index])
+                is_kept[len(kept_rows) + place] = True
+                verdict = kept(columns.ids[index])
             verdicts.append(verdict)
-        kept = others[is_kept].tolist()
+        kept_rows = others[is_kept].tolist()
     return verdicts

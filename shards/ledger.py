@@ -1,6 +1,6 @@
 """The ledger: what was worked out before, so that it is not worked out again. A memo of functions, never a result.
 
-Four kinds of facts, each in immutable Parquet segments below `OUT/ledger/KIND/`. A row's key is a sha256 over everything that
+Five kinds of facts, each in immutable Parquet segments below `OUT/ledger/KIND/`. A row's key is a sha256 over everything that
 its value depends on, so a row is true for ever, whichever run wrote it. Of rows with one key the smallest is used. Workers append
 during the run; deleting any segment costs time or money, never correctness.
 """
@@ -89,10 +89,24 @@ class ImageRow(NamedTuple):
 
 
 class SearchRow(NamedTuple):
-    """What a search among vectors found: a key over cell, thresholds and members -> the forest of pairs, as its writer encodes it."""
+    """What a search for duplicates found in a bucket: a key over the bucket -> members and edges of the forest, as joined print ids.
+
+    Of several rows of a bucket each is true of its own members. `minus_members` counts them, below 0: the row of the most sorts first.
+    """
 
     key: bytes
-    forest: bytes
+    minus_members: int
+    members: bytes
+    edges: bytes
+
+
+class CellsRow(NamedTuple):
+    """Centroids that vectors are searched by: a key over the encoder -> little-endian float32 (K, D), fitted for so many images."""
+
+    key: bytes
+    num_images: int
+    num_cells: int
+    centroids: bytes
 
 
 class CallRow(NamedTuple):
@@ -102,8 +116,14 @@ class CallRow(NamedTuple):
     answer: str
 
 
-Row = TypeVar("Row", RefRow, ImageRow, SearchRow, CallRow)
-KINDS: dict[type[Any], str] = {RefRow: "refs", ImageRow: "images", SearchRow: "searches", CallRow: "calls"}
+Row = TypeVar("Row", RefRow, ImageRow, CellsRow, SearchRow, CallRow)
+KINDS: dict[type[Any], str] = {
+    RefRow: "refs",
+    ImageRow: "images",
+    CellsRow: "cells",
+    SearchRow: "searches",
+    CallRow: "calls",
+}
 _ARROW = {bytes: pa.binary(), str: pa.string(), int: pa.int64()}
 
 
@@ -148,7 +168,7 @@ class Segment(NamedTuple):
 
 
 class Ledger(Generic[Row]):
-    """The facts of one kind in one folder. `row` is the kind: RefRow, ImageRow, SearchRow or CallRow."""
+    """The facts of one kind in one folder. `row` is the kind: one of `KINDS`."""
 
     def __init__(self, storage: Storage, row: type[Row]) -> None:
         self._storage = storage

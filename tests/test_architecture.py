@@ -22,8 +22,14 @@ MAY_IMPORT = {
 BEAM = {"transforms", "beam_pipelines"}
 TORCH = {"embeddings", "synthesis", "training"}
 TORCH_MODULES = {"torch", "torchvision", "timm", "faiss", "transformers"}
-# What stages share: how a fate is recorded, where bytes lie, how progress is shown.
-SHARED_BY_STAGES = {"transforms.fates", "transforms.filesystems", "transforms.objects", "transforms.progress"}
+# What stages share: how a fate is recorded, where bytes lie, what was worked out before, how progress is shown.
+SHARED_BY_STAGES = {
+    "transforms.fates",
+    "transforms.filesystems",
+    "transforms.ledgers",
+    "transforms.objects",
+    "transforms.progress",
+}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -108,7 +108,10 @@ def build_manifest(
 
 
 def _metrics_json(
-    manifest: Manifest, messages: Iterable[tuple[str, list[DeadLetter]]], facts: RunFacts
+    manifest: Manifest,
+    messages: Iterable[tuple[str, list[DeadLetter]]],
+    searched: Sequence[str],
+    facts: RunFacts,
 ) -> bytes:
     failures = {
         code: [
@@ -123,6 +126,7 @@ def _metrics_json(
         "synthesised": manifest.synthesised,
         "decontaminated": dict(manifest.decontaminated),
         "failures": failures,
+        "searched": searched,
         **facts.metrics,
     }
     return json.dumps(body, sort_keys=True, indent=1).encode() + b"\n"
@@ -144,6 +148,7 @@ class _Commit(beam.DoFn):
         encoders: Iterable[str],
         messages: Iterable[tuple[str, list[DeadLetter]]],
         benchmarks: Iterable[BenchmarkCounts],
+        searched: Iterable[str],
     ) -> Iterable[str]:
         inputs = {"image": image_inputs, "sample": sample_inputs}
         unnamed = build_manifest(
@@ -151,7 +156,7 @@ class _Commit(beam.DoFn):
         )
         # Before the commit: what fails here leaves no half-told run.
         named = unnamed._replace(snapshot_id=snapshot_id_of(unnamed))
-        metrics = _metrics_json(named, messages, self._facts)
+        metrics = _metrics_json(named, messages, sorted(searched), self._facts)
         manifest = commit(self._to, self._facts.base, unnamed)
         self._to.storage.write("metrics.json", metrics)
         yield manifest.snapshot_id
@@ -159,9 +164,9 @@ class _Commit(beam.DoFn):
 
 @dataclass
 class Commit(beam.PTransform):
-    """{files, decisions, dead, images, samples, live, synthesised, encoders, benchmarks} -> the snapshot's id.
+    """{files, decisions, dead, images, samples, live, synthesised, encoders, benchmarks, searched} -> the snapshot's id.
 
-    `images` and `samples` are the run's input, one element each, and are only counted; `synthesised` likewise. Everything meets in
+    `searched` says how duplicates were looked for. `images` and `samples` are the run's input, one element each, and are only counted; `synthesised` likewise. Everything meets in
     one DoFn as side inputs: file names and counts, never rows.
     """
 
@@ -200,5 +205,6 @@ class Commit(beam.PTransform):
                 encoders=AsIter(encoders),
                 messages=AsIter(messages),
                 benchmarks=AsIter(inputs["benchmarks"]),
+                searched=AsIter(inputs["searched"]),
             ).with_output_types(str)
         )

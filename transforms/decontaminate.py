@@ -9,8 +9,14 @@ from apache_beam.metrics import Metrics
 from apache_beam.pvalue import AsDict, TaggedOutput
 from apache_beam.typehints.decorators import no_annotations
 
-from embeddings.contamination import BenchmarkCounts, Contact, ContaminationRule, Print, find_contamination
-from embeddings.duplicates import MAX_IMAGES
+from embeddings.contamination import (
+    MAX_IMAGES,
+    BenchmarkCounts,
+    Contact,
+    ContaminationRule,
+    Print,
+    find_contamination,
+)
 from shards.errors import RunFailed
 from shards.records import DeadLetter, EmbeddedImage
 from transforms.fates import DECISIONS, decision
@@ -101,7 +107,7 @@ class Decontaminate(beam.PTransform):
 
     `images` EmbeddedImages of the input, every reference, each of which is judged; `protected` those of the benchmarks, which their
     origins' sources name; `unreadable` DeadLetters of what could not be read of these: one fails the run. All meet in one worker,
-    which bounds this form to `embeddings.duplicates.MAX_IMAGES`. Shuffled: hashes and embeddings, each image's once.
+    which bounds this form to `embeddings.contamination.MAX_IMAGES`. Shuffled: hashes and embeddings, each image's once.
     """
 
     benchmarks: Sequence[str]

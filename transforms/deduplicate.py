@@ -1,20 +1,49 @@
-"""Deduplicate: embedded references -> one image per content, and a verdict on each."""
+"""Deduplicate: embedded references -> one image per content, and a verdict on each.
 
-from collections.abc import Iterable, Iterator
+Every pair of near duplicates meets in some bucket: a cell of vectors or a band of pHash bits (embeddings/cells.py). Buckets give
+forests of duplicates (embeddings/forest.py), these the components that chains of duplicates join, and one ordered walk in each
+component gives the verdicts (embeddings/duplicates.py).
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import apache_beam as beam
+import numpy as np
 from apache_beam.metrics import Metrics
-from apache_beam.pvalue import TaggedOutput
+from apache_beam.pvalue import AsSingleton, TaggedOutput
 from apache_beam.typehints.decorators import no_annotations
 
-from embeddings.duplicates import MAX_IMAGES, DuplicateRule, find_near_duplicates
-from shards.errors import RunFailed
+from embeddings.buckets import Buckets, Task
+from embeddings.cells import MAX_SAMPLE, Plan, plan_cells
+from embeddings.duplicates import (
+    NEVER,
+    Group,
+    Pairing,
+    Preference,
+    Print,
+    Prints,
+    ids_of,
+    kept,
+    print_of,
+    walk,
+)
+from embeddings.forest import Components, Forest, Members, components, find_forest, places_in
+from shards.ids import digest
+from shards.ledger import CellsRow, Ledger, SearchRow, Segment, read_segment
 from shards.records import EmbeddedImage, Verdict
+from shards.snapshot import Destination
+from shards.storage import storage_of
 from transforms.fates import DECISIONS, decision
+from transforms.ledgers import ReadLedger
 
 STAGE = "deduplicate"
+_BATCH = 2048
+_WORTH_REMEMBERING = 1 << 16
+"""Pairs; fewer are compared again in less time than it takes to look them up."""
+_REFIT = 4
+"""Cells serve until there are so many times more or fewer images than they were fitted for."""
 
 
 def choose_reference(references: Iterable[EmbeddedImage]) -> tuple[EmbeddedImage, list[EmbeddedImage]]:
@@ -63,34 +92,309 @@ class CollapseSameBytes(beam.PTransform):
         return collapsed.images, collapsed[DECISIONS]
 
 
-class _FindNearDuplicates(beam.DoFn):
-    def __init__(self, rule: DuplicateRule) -> None:
-        self._rule = rule
+class Search(NamedTuple):
+    """How near duplicates are searched, and what was found before.
 
-    def process(self, keyed: tuple[int, Iterable[EmbeddedImage]]) -> Iterator[Verdict]:
-        images = list(keyed[1])
-        if len(images) > MAX_IMAGES:
-            raise RunFailed(
-                f"{len(images)} images, one worker compares at most {MAX_IMAGES}; --limit N takes a sample"
+    `groups`: images of a source are judged by the group that `group_of` numbers for it, those of others by the first; fixed images by
+    the last. `recall` 1 finds every pair. `device` is where vectors are compared. `encoder` is the fingerprint, `cells` and `searches`
+    segments of ledgers.
+    """
+
+    groups: Sequence[Group]
+    to: Destination
+    group_of: Mapping[str, int] = {}
+    prefer: Preference = "pixels"
+    recall: float = 1.0
+    device: str = "cpu"
+    encoder: str = ""
+    cells: Sequence[Segment] = ()
+    searches: Sequence[Segment] = ()
+
+
+class Part(NamedTuple):
+    """Some members of a task's bucket, as joined columns: see `embeddings.forest.Members`; `home` and `side` a byte each, `groups` too."""
+
+    task: Task
+    ids: bytes
+    groups: bytes
+    home: bytes
+    side: bytes
+    vectors: bytes
+    phashes: bytes
+    structures: bytes
+
+
+def members_of(parts: Sequence[Part]) -> Members:
+    """At least one part, as columns."""
+    ids, groups, home, side, vectors, phashes, structures = (
+        b"".join(column) for column in list(zip(*parts, strict=True))[1:]
+    )
+    found = ids_of(ids)
+    return Members(
+        found,
+        np.frombuffer(groups, np.uint8).astype(np.int64),
+        np.frombuffer(home, bool),
+        np.frombuffer(side, np.uint8).astype(np.int64),
+        np.frombuffer(vectors, "<f2").reshape(len(found), -1),
+        np.frombuffer(phashes, "<u8"),
+        np.frombuffer(structures, "<u8").reshape(len(found), -1),
+    )
+
+
+class _MakePrints(beam.DoFn):
+    """Images, of the input or fixed -> prints."""
+
+    def __init__(self, search: Search, are_fixed: bool) -> None:
+        self._search, self._are_fixed = search, are_fixed
+
+    def process(self, image: EmbeddedImage) -> Iterator[Print]:
+        groups = self._search.groups
+        group = self._search.group_of.get(image.source_image.origin.source, 0)
+        yield print_of(image, len(groups) - 1 if self._are_fixed else group, groups, self._search.prefer)
+
+
+class _PlanCells(beam.DoFn):
+    def __init__(self, search: Search) -> None:
+        self._search = search
+
+    def process(self, _: Any, sample: Sequence[tuple[bytes, bytes]], count: int) -> Iterator[Plan]:
+        search = self._search
+        vectors = np.frombuffer(b"".join(vector for _, vector in sample), "<f2").reshape(
+            max(1, len(sample)), -1
+        )
+        key = digest(["cells", search.encoder])
+        fitted = [
+            row
+            for segment in search.cells
+            for row in read_segment(storage_of(segment.root), segment.path, CellsRow)
+            if row.key == key and row.num_images <= _REFIT * count and count <= _REFIT * row.num_images
+        ]
+        frozen = None
+        if fitted:
+            row = min(fitted)
+            frozen = np.frombuffer(row.centroids, "<f4").reshape(row.num_cells, -1)
+        plan = plan_cells(vectors, count, Pairing(search.groups).loosest, search.recall, frozen)
+        centroids = plan.cells.centroids
+        if frozen is None and len(centroids) > 1:
+            row = CellsRow(key, count, len(centroids), centroids.astype("<f4").tobytes())
+            Ledger(search.to.storage, CellsRow).put([row], search.to.token)
+        yield plan
+
+
+class _Route(beam.DoFn):
+    """Batches of prints -> parts of the buckets in which they meet others."""
+
+    def __init__(self, search: Search) -> None:
+        self._search = search
+
+    def setup(self) -> None:
+        self._loosest = Pairing(self._search.groups).loosest
+        self._buckets: Buckets | None = None
+
+    def process(self, prints: Sequence[Print], plan: Plan) -> Iterator[tuple[bytes, Part]]:
+        if self._buckets is None or self._buckets.cells.name != plan.cells.name:
+            self._buckets = Buckets(plan.cells, self._loosest)
+        columns = Prints.of(prints)
+        for task, members in self._buckets.split(columns):
+            part = Part(
+                task,
+                members.ids.tobytes(),
+                members.groups.astype(np.uint8).tobytes(),
+                members.home.tobytes(),
+                members.side.astype(np.uint8).tobytes(),
+                members.vectors.tobytes(),
+                members.phashes.tobytes(),
+                members.structures.tobytes(),
             )
-        for verdict in find_near_duplicates(images, self._rule):
+            yield task.key, part
+
+
+class _SearchBucket(beam.DoFn):
+    def __init__(self, search: Search) -> None:
+        self._search = search
+
+    def setup(self) -> None:
+        self._pairing = Pairing(self._search.groups)
+        self._writer = Ledger(self._search.to.storage, SearchRow).writer(self._search.to.token)
+
+    def process(self, joined: tuple[bytes, Mapping[str, Iterable[Any]]]) -> Iterator[bytes]:
+        key, groups = joined
+        parts = list(groups["parts"])
+        if not parts:
+            return
+        members = members_of(parts)
+        if len(members.ids) < 2:
+            return
+        known = [Forest(ids_of(row.members), ids_of(row.edges).reshape(-1, 2)) for row in groups["known"]]
+        forest, num_compared = find_forest(
+            members, parts[0].task.signal, self._pairing, known, self._search.device
+        )
+        Metrics.counter(STAGE, "pairs_compared").inc(num_compared)
+        if num_compared >= _WORTH_REMEMBERING:
+            row = SearchRow(key, -len(forest.members), forest.members.tobytes(), forest.edges.tobytes())
+            self._writer.append(row)
+        if len(forest.edges):
+            yield forest.edges.tobytes()
+
+    def finish_bundle(self) -> None:
+        self._writer.flush()
+
+
+def _join(keyed: tuple[int, Iterable[bytes]]) -> Components:
+    return components(ids_of(b"".join(keyed[1])).reshape(-1, 2))
+
+
+class _ByComponent(beam.DoFn):
+    """Prints -> (root, print) of those that have a duplicate, verdicts on the others."""
+
+    def __init__(self, search: Search) -> None:
+        self._search = search
+
+    def process(self, prints: Sequence[Print], joined: Components) -> Iterator[Any]:
+        places = places_in(joined.ids, ids_of(b"".join(one.print_id for one in prints)))
+        for one, place in zip(prints, places.tolist(), strict=True):
+            if place >= 0:
+                yield joined.roots[place].tobytes(), one
+            elif not self._search.groups[one.group].fixed:
+                Metrics.counter(STAGE, "kept").inc()
+                yield TaggedOutput("alone", kept(one.image_id))
+
+
+class _Walk(beam.DoFn):
+    def __init__(self, search: Search) -> None:
+        self._search = search
+
+    def process(self, keyed: tuple[bytes, Iterable[Print]]) -> Iterator[Verdict]:
+        for verdict in walk(keyed[1], Pairing(self._search.groups)):
             Metrics.counter(STAGE, verdict.code).inc()
             yield verdict
 
 
+class NearDuplicates(NamedTuple):
+    """One Verdict per image, and in a sentence how they were searched."""
+
+    verdicts: beam.PCollection
+    searched: beam.PCollection
+
+
+def _batches() -> beam.BatchElements:
+    return beam.BatchElements(min_batch_size=_BATCH, max_batch_size=_BATCH)
+
+
 @dataclass
 class FindNearDuplicates(beam.PTransform):
-    """PCollection[EmbeddedImage], ids distinct -> PCollection[Verdict], one per image.
+    """{images, fixed} -> NearDuplicates. EmbeddedImages with distinct ids; `fixed` are kept images of other snapshots.
 
-    All images meet in one worker, which bounds this form to `embeddings.duplicates.MAX_IMAGES`. Shuffled: embedded images.
+    Shuffled: prints, once for each bucket in which an image may meet a duplicate, and once more those that have one. In one worker meet
+    a sample of at most `embeddings.cells.MAX_SAMPLE` vectors, and 32 bytes of each edge of the buckets' forests; every worker holds 32
+    bytes of each image that has a duplicate.
     """
 
-    rule: DuplicateRule
+    search: Search
 
-    def expand(self, images: beam.PCollection[EmbeddedImage]) -> beam.PCollection[Verdict]:
-        return (
-            images
-            | "OneWorker" >> beam.Map(lambda e: (0, e)).with_output_types(tuple[int, EmbeddedImage])
-            | "GroupAll" >> beam.GroupByKey()
-            | "Walk" >> beam.ParDo(_FindNearDuplicates(self.rule)).with_output_types(Verdict)
+    @no_annotations
+    def expand(self, inputs: dict[str, beam.PCollection]) -> NearDuplicates:
+        images, search = inputs["images"], self.search
+        pipeline = images.pipeline
+        fixed = inputs["fixed"] | "FixedPrints" >> beam.ParDo(_MakePrints(search, True)).with_output_types(
+            Print
         )
+        to_search, known_bytes = images, pipeline | "NoneKnown" >> beam.Create([])
+        if search.groups[-1].fixed:
+            to_search, known_bytes = {
+                "images": images
+                | "KeyImages"
+                >> beam.Map(lambda e: (e.image_id, e)).with_output_types(tuple[bytes, EmbeddedImage]),
+                "fixed": fixed
+                | "KeyFixed" >> beam.Map(lambda p: (p.image_id, True)).with_output_types(tuple[bytes, bool]),
+            } | "KnownBytes" >> _PartKnownBytes()
+        prints = (
+            to_search | "Prints" >> beam.ParDo(_MakePrints(search, False)).with_output_types(Print),
+            fixed,
+        ) | "AllPrints" >> beam.Flatten()
+        if Pairing(search.groups).loosest == NEVER:
+            verdicts = to_search | "KeepAll" >> beam.Map(lambda e: kept(e.image_id)).with_output_types(
+                Verdict
+            )
+            nothing = pipeline | "NoSearch" >> beam.Create([])
+            return NearDuplicates((verdicts, known_bytes) | "Verdicts" >> beam.Flatten(), nothing)
+        plan = (
+            pipeline
+            | "Once" >> beam.Create([None])
+            | "PlanCells"
+            >> beam.ParDo(
+                _PlanCells(search),
+                sample=AsSingleton(
+                    prints
+                    | "Vectors"
+                    >> beam.Map(lambda p: (p.print_id, p.embedding)).with_output_types(tuple[bytes, bytes])
+                    | "Sample" >> beam.combiners.Top.Smallest(MAX_SAMPLE)
+                ),
+                count=AsSingleton(prints | "CountPrints" >> beam.combiners.Count.Globally()),
+            )
+        )
+        parts = (
+            prints
+            | "BatchToRoute" >> _batches()
+            | "Route" >> beam.ParDo(_Route(search), AsSingleton(plan)).with_output_types(tuple[bytes, Part])
+        )
+        known = pipeline | "ReadSearches" >> ReadLedger(search.searches, SearchRow)
+        edges = (
+            {"parts": parts, "known": known}
+            | "Buckets" >> beam.CoGroupByKey()
+            | "SearchBucket" >> beam.ParDo(_SearchBucket(search)).with_output_types(bytes)
+        )
+        joined = (
+            (edges, pipeline | "NoEdges" >> beam.Create([b""]))
+            | "AllEdges" >> beam.Flatten()
+            | "OneWorker" >> beam.Map(lambda e: (0, e)).with_output_types(tuple[int, bytes])
+            | "GatherEdges" >> beam.GroupByKey()
+            | "Join" >> beam.Map(_join)
+        )
+        parted = (
+            prints
+            | "BatchToWalk" >> _batches()
+            | "ByComponent"
+            >> beam.ParDo(_ByComponent(search), AsSingleton(joined))
+            .with_output_types(tuple[bytes, Print])
+            .with_outputs("alone", main="joined")
+        )
+        walked = (
+            parted.joined
+            | "GroupComponents" >> beam.GroupByKey()
+            | "Walk" >> beam.ParDo(_Walk(search)).with_output_types(Verdict)
+        )
+        alone = parted["alone"] | "Alone" >> beam.Map(lambda v: v).with_output_types(Verdict)
+        return NearDuplicates(
+            (alone, walked, known_bytes) | "Verdicts" >> beam.Flatten(),
+            plan
+            | "Searched" >> beam.Map(lambda plan: f"{plan.estimate} ({plan.why})").with_output_types(str),
+        )
+
+
+class _PartKnown(beam.DoFn):
+    def process(self, joined: tuple[bytes, Mapping[str, Iterable[Any]]]) -> Iterator[Any]:
+        image_id, groups = joined
+        is_known = any(True for _ in groups["fixed"])
+        for image in groups["images"]:
+            if not is_known:
+                yield image
+                continue
+            Metrics.counter(STAGE, "against_bytes").inc()
+            verdict = Verdict(image_id, image_id, "against_bytes", 1.0, 1.0, 0, False)
+            yield TaggedOutput("known", verdict)
+
+
+@dataclass
+class _PartKnownBytes(beam.PTransform):
+    """{images, fixed} by image_id -> (images whose bytes no other snapshot keeps, verdicts on the others)."""
+
+    @no_annotations
+    def expand(self, keyed: dict[str, beam.PCollection]) -> tuple[beam.PCollection, beam.PCollection]:
+        parted = (
+            keyed
+            | beam.CoGroupByKey()
+            | "Part"
+            >> beam.ParDo(_PartKnown()).with_output_types(EmbeddedImage).with_outputs("known", main="new")
+        )
+        return parted.new, parted["known"] | "Known" >> beam.Map(lambda v: v).with_output_types(Verdict)

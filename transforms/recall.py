@@ -12,12 +12,12 @@ from apache_beam.typehints.decorators import no_annotations
 from images.decode import Limits
 from images.fetch import Reach, ref_rows
 from shards.errors import BadData
-from shards.ledger import ImageRow, Ledger, RefRow, Segment, image_key, read_segment, ref_key
+from shards.ledger import ImageRow, Ledger, RefRow, Segment, image_key, ref_key
 from shards.records import EmbeddedImage, MediaRef, SourceImage
 from shards.snapshot import Destination
-from shards.storage import storage_of
 from transforms.fates import DEAD, DECISIONS, died
 from transforms.filesystems import fetcher_of
+from transforms.ledgers import ReadLedger
 from transforms.progress import ProgressFile
 
 STAGE = "decode"
@@ -164,29 +164,6 @@ class _JoinImages(beam.DoFn):
 
     def finish_bundle(self) -> None:
         self._progress.write()
-
-
-def _keyed_rows(segment: Segment, row: Any) -> Iterator[tuple[bytes, Any]]:
-    for found in read_segment(storage_of(segment.root), segment.path, row):
-        yield found.key, found
-
-
-@dataclass
-class ReadLedger(beam.PTransform):
-    """PBegin -> PCollection[(key, row)] of segments of one kind; a key may come several times."""
-
-    segments: Sequence[Segment]
-    row: Any
-
-    @no_annotations
-    def expand(self, begin: beam.pvalue.PBegin) -> beam.PCollection:
-        keyed = beam.typehints.Tuple[bytes, self.row]
-        return (
-            begin
-            | "Segments" >> beam.Create(list(self.segments))
-            | "Spread" >> beam.Reshuffle()
-            | "RowsOfSegment" >> beam.FlatMap(_keyed_rows, self.row).with_output_types(keyed)
-        )
 
 
 def _batches() -> beam.BatchElements:

@@ -42,7 +42,7 @@ def _place_of(origin: Origin) -> bytes:
 
 def judge(tagged: TaggedImage, verdict: Verdict) -> tuple[ImageFate, Decision | None]:
     """The fate that all references to an image share; for a near duplicate also the decision on its chosen reference."""
-    lost = verdict.keeper_id != verdict.image_id
+    lost = verdict.code != "kept"
     fate = ImageFate(
         "duplicate" if lost else "kept",
         verdict.code,

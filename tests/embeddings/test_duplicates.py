@@ -1,104 +1,58 @@
 """The walk against the meaning, spelled out as a plain double loop."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embeddings import duplicates
-from embeddings.duplicates import DuplicateRule, find_near_duplicates, order_key
-from shards.ids import image_id_of
-from shards.records import EmbeddedImage, ImageFacts, MediaRef, Origin, SourceImage
+from embeddings.duplicates import (
+    NEVER,
+    DuplicateRule,
+    Group,
+    Pairing,
+    Preference,
+    Thresholds,
+    differing_bits,
+    print_of,
+    walk,
+)
+from shards.records import EmbeddedImage, Verdict
+from tests.embeddings.oracle import clustered, image, oracle
+
+MIXED = [
+    Group(DuplicateRule().thresholds),
+    Group(DuplicateRule("similar", cosine=0.9).thresholds),
+    Group(DuplicateRule("copies", 0.95, 3, 0.05).thresholds),
+    Group(DuplicateRule("exact").thresholds),
+    Group(DuplicateRule().thresholds, fixed=True),
+]
 
 
-def image(
-    name: str,
-    vector: np.ndarray,
-    phash: int = 0,
-    structure: bytes = bytes(128),
-    priority: int = 0,
-    width: int = 10,
-    pixels: bytes = b"",
-) -> EmbeddedImage:
-    unit = vector / np.linalg.norm(vector)
-    facts = ImageFacts(
-        width, 10, 100, "PNG", pixels or name.encode(), phash.to_bytes(8, "little"), structure, 0, 0, 0
-    )
-    source = SourceImage(Origin(priority, "s", name, 0), MediaRef(name, 0, 1))
-    return EmbeddedImage(
-        image_id_of(name.encode()), source, facts, unit.astype("<f2").tobytes(), b"", "encoder", "cpu"
-    )
-
-
-def bits(a: bytes, b: bytes) -> int:
-    return sum((x ^ y).bit_count() for x, y in zip(a, b, strict=True))
-
-
-def oracle(images: list[EmbeddedImage], rule: DuplicateRule) -> dict[bytes, bytes]:
-    """image_id -> keeper_id by the six sentences of the meaning, without numpy's help in the search."""
-    kept: list[EmbeddedImage] = []
-    keepers = {}
-    for one in sorted(images, key=order_key):
-        best = None
-        for other in kept:
-            ours, theirs = (np.frombuffer(i.embedding, "<f2").astype(np.float64) for i in (one, other))
-            score = float(np.sum(np.sort(ours * theirs)))  # another order of summation than the walk's
-            candidate = score >= rule.cosine
-            if rule.mode == "copies":
-                candidate |= bits(one.facts.phash, other.facts.phash) <= rule.phash_bits
-                candidate &= bits(one.facts.structure, other.facts.structure) <= rule.structure * 1024
-            if candidate and (best is None or score > best[0]):
-                best = score, other.image_id
-        if best is None:
-            kept.append(one)
-        keepers[one.image_id] = best[1] if best else one.image_id
-    return keepers
-
-
-def clustered(seed: int, count: int) -> list[EmbeddedImage]:
-    """Images around few centres, so that chains, ties and near misses of every threshold occur."""
-    rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(max(2, count // 6), 16))
-    hashes = rng.integers(0, 2**63, len(centres))
-    made = []
-    for number in range(count):
-        centre = rng.integers(len(centres))
-        flips = rng.choice(64, rng.integers(0, 14), replace=False)
-        phash = int(hashes[centre]) ^ sum(1 << int(bit) for bit in flips)
-        structure = np.zeros(1024, np.uint8)
-        structure[rng.choice(1024, rng.integers(0, 100), replace=False)] = 1
-        vector = centres[centre] + rng.normal(size=16) * rng.choice([0, 0.1, 0.3, 0.6])
-        made.append(
-            image(
-                f"{seed}-{number}",
-                vector,
-                phash,
-                np.packbits(structure).tobytes(),
-                priority=int(rng.integers(2)),
-                width=int(rng.integers(1, 4)),
-            )
-        )
-    return made
+def verdicts_on(images: list[EmbeddedImage], rule: DuplicateRule) -> list[Verdict]:
+    groups = [Group(rule.thresholds)]
+    return walk([print_of(one, 0, groups) for one in images], Pairing(groups))
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.integers(0, 40), st.sampled_from(["copies", "similar"]))
+@given(st.integers(0, 10**6), st.integers(0, 40), st.sampled_from(["copies", "similar", "mixed"]))
 def test_the_walk_is_the_meaning(seed: int, count: int, mode: str) -> None:
-    images, rule = clustered(seed, count), DuplicateRule(mode)
-    verdicts = find_near_duplicates(images, rule)
-    assert {v.image_id: v.keeper_id for v in verdicts} == oracle(images, rule)
+    groups = MIXED if mode == "mixed" else [Group(DuplicateRule(mode).thresholds)]
+    prints = clustered(seed, count, groups)
+    assert {v.image_id: v.keeper_id for v in walk(prints, Pairing(groups))} == oracle(prints, groups)
 
 
-def test_across_blocks_and_in_any_order() -> None:
-    images = clustered(7, 700)
-    assert len(images) > 2 * duplicates._BLOCK
-    rule = DuplicateRule()
-    first = find_near_duplicates(images, rule)
-    assert {v.image_id: v.keeper_id for v in first} == oracle(images, rule)
-    assert 50 < sum(v.code == "kept" for v in first) < 650
+@pytest.mark.parametrize("groups", [MIXED[:1], MIXED])
+def test_across_blocks_and_in_any_order(groups: list[Group]) -> None:
+    prints = clustered(7, 520, groups)
+    assert len(prints) > 2 * duplicates._BLOCK
+    first = walk(prints, Pairing(groups))
+    assert {v.image_id: v.keeper_id for v in first} == oracle(prints, groups)
+    assert 50 < sum(v.code == "kept" for v in first) < 500
     rng = np.random.default_rng(0)
-    for _ in range(3):
-        shuffled = [images[index] for index in rng.permutation(len(images))]
-        assert find_near_duplicates(shuffled, rule) == first
+    for _ in range(2):
+        shuffled = [prints[index] for index in rng.permutation(len(prints))]
+        assert walk(shuffled, Pairing(groups)) == first
 
 
 def test_no_chaining() -> None:
@@ -106,7 +60,7 @@ def test_no_chaining() -> None:
     first, middle, last = (
         image(str(i), np.array([np.cos(a), np.sin(a)]), width=9 - i) for i, a in enumerate(angles)
     )
-    verdicts = find_near_duplicates([last, middle, first], DuplicateRule("similar", cosine=0.9))
+    verdicts = verdicts_on([last, middle, first], DuplicateRule("similar", cosine=0.9))
     assert [v.keeper_id for v in verdicts] == [first.image_id, first.image_id, last.image_id]
 
 
@@ -119,7 +73,7 @@ def test_verification_keeps_look_alikes() -> None:
         image("b", vector, structure=other, width=2),
         image("c", vector, structure=same, width=1),
     ]
-    verdicts = find_near_duplicates(images, DuplicateRule())
+    verdicts = verdicts_on(images, DuplicateRule())
     assert [v.code for v in verdicts] == ["kept", "kept", "near_cosine"]
     # c differs from a in 122 bits and from b in 1: the same score, so the earlier in order is named.
     assert verdicts[2].keeper_id == images[0].image_id
@@ -128,11 +82,9 @@ def test_verification_keeps_look_alikes() -> None:
 
 def test_the_code_says_what_proposed() -> None:
     near, far = np.array([1.0, 0.0]), np.array([0.0, 1.0])
-    (_, by_hash) = find_near_duplicates(
-        [image("a", near, width=2), image("b", far, phash=0b111)], DuplicateRule()
-    )
+    (_, by_hash) = verdicts_on([image("a", near, width=2), image("b", far, phash=0b111)], DuplicateRule())
     assert (by_hash.code, by_hash.score, by_hash.threshold) == ("near_phash", 3.0, 8.0)
-    (_, by_cosine) = find_near_duplicates(
+    (_, by_cosine) = verdicts_on(
         [image("a", near, width=2, pixels=b"p"), image("b", near, phash=2**40 - 1, pixels=b"p")],
         DuplicateRule(),
     )
@@ -141,5 +93,47 @@ def test_the_code_says_what_proposed() -> None:
 
 def test_exact_mode_and_nothing_at_all() -> None:
     twins = [image("a", np.ones(2)), image("b", np.ones(2))]
-    assert {v.code for v in find_near_duplicates(twins, DuplicateRule("exact"))} == {"kept"}
-    assert find_near_duplicates([], DuplicateRule()) == []
+    assert {v.code for v in verdicts_on(twins, DuplicateRule("exact"))} == {"kept"}
+    assert DuplicateRule("exact").thresholds == NEVER
+    assert verdicts_on([], DuplicateRule()) == []
+
+
+def test_a_pair_takes_the_stricter_of_each_threshold() -> None:
+    loose, strict = Thresholds(0.8, 9, 200), Thresholds(0.9, 3, 100)
+    assert loose.stricter(Thresholds(0.7, 3, 300)) == Thresholds(0.8, 3, 200)
+    pairing = Pairing([Group(loose), Group(strict), Group(loose, fixed=True)])
+    assert pairing.cosine.tolist() == [[0.8, 0.9, 0.8], [0.9, 0.9, 0.9], [0.8, 0.9, 2.0]]
+    assert pairing.loosest == loose
+
+
+def test_what_another_snapshot_keeps_comes_first_and_takes_no_conversation() -> None:
+    groups = [Group(DuplicateRule().thresholds), Group(DuplicateRule().thresholds, fixed=True)]
+    same = np.ones(4)
+    mine = print_of(image("mine", same, width=99, pixels=b"p"), 0, groups)
+    theirs = [print_of(image(name, same, pixels=b"p"), 1, groups) for name in ("x", "y")]
+    (verdict,) = walk([mine, *theirs], Pairing(groups))
+    assert (verdict.code, verdict.same_pixels) == ("against_cosine", False)
+    assert verdict.keeper_id == min(one.image_id for one in theirs)
+
+
+@pytest.mark.parametrize(("prefer", "kept"), [("pixels", "wide"), ("bytes", "heavy"), ("sharpness", "sharp")])
+def test_which_of_two_is_kept_is_a_preference(prefer: Preference, kept: str) -> None:
+    wide, heavy, sharp = (image(name, np.ones(4)) for name in ("wide", "heavy", "sharp"))
+    images = [
+        wide._replace(facts=wide.facts._replace(width=99)),
+        heavy._replace(facts=heavy.facts._replace(num_bytes=999)),
+        sharp._replace(facts=sharp.facts._replace(sharpness_milli=9)),
+    ]
+    groups = [Group(DuplicateRule().thresholds)]
+    first, *_ = walk([print_of(one, 0, groups, prefer) for one in images], Pairing(groups))
+    assert first.image_id == next(i.image_id for i in images if i.source_image.origin.name == kept)
+
+
+def test_bits_are_counted() -> None:
+    rng = np.random.default_rng(1)
+    ours, theirs = (rng.integers(0, 2**63, (n, 16), dtype=np.uint64) for n in (5, 7))
+    expected = [
+        [sum(int(a ^ b).bit_count() for a, b in zip(x, y, strict=True)) for y in theirs] for x in ours
+    ]
+    assert differing_bits(ours, theirs).tolist() == expected
+    assert differing_bits(ours[:, 0], theirs[:0, 0]).shape == (5, 0)

@@ -12,7 +12,7 @@ from apache_beam.testing.util import assert_that, equal_to
 from PIL import Image
 
 from embeddings.contamination import BenchmarkCounts, ContaminationRule
-from embeddings.duplicates import DuplicateRule
+from embeddings.duplicates import DuplicateRule, Group
 from embeddings.encoder import EncoderSpec, load_encoder
 from images.fetch import Reach
 from images.files import LocalFiles
@@ -43,7 +43,7 @@ from synthesis.planner import LookupPlanner
 from synthesis.prompts import load_prompt_pair
 from transforms.commit import Commit, RunFacts, build_manifest
 from transforms.decontaminate import Decontaminate
-from transforms.deduplicate import CollapseSameBytes, FindNearDuplicates, choose_reference
+from transforms.deduplicate import CollapseSameBytes, FindNearDuplicates, Search, choose_reference
 from transforms.embed import DistinctReferences, EmbedImages, Reading
 from transforms.filter import FilterImages, FilterRule
 from transforms.limit import LimitErrors
@@ -178,10 +178,13 @@ def test_one_reference_stands_for_equal_bytes() -> None:
         assert_that(rows, equal_to(expected), "decisions")
 
 
-def test_near_duplicates_meet_in_a_pipeline() -> None:
+def test_near_duplicates_meet_in_a_pipeline(tmp_path: Path) -> None:
     images = [embedded("a", "a", width=9), embedded("b", "b"), embedded("c", "c", vector=1)]
     with beam.Pipeline(runner="FnApiRunner") as pipeline:
-        verdicts = pipeline | beam.Create(images) | FindNearDuplicates(DuplicateRule())
+        given = {"images": pipeline | beam.Create(images), "fixed": pipeline | "none" >> beam.Create([])}
+        verdicts, _ = given | FindNearDuplicates(
+            Search([Group(DuplicateRule().thresholds)], Destination(str(tmp_path), "t"))
+        )
         a, c = image_id_of(b"a"), image_id_of(b"c")
         pairs = verdicts | beam.Map(lambda v: (v.image_id, v.keeper_id))
         assert_that(pairs, equal_to([(a, a), (image_id_of(b"b"), a), (c, c)]))
@@ -357,7 +360,7 @@ def test_transforms_survive_pickling() -> None:
         FilterImages(FilterRule(min_side=9, expressions=("side > 3",))),
         Decontaminate(["mmmu"], ContaminationRule(verified_only=True)),
         CollapseSameBytes(),
-        FindNearDuplicates(DuplicateRule()),
+        FindNearDuplicates(Search([Group(DuplicateRule().thresholds)], to)),
         TagImages(("a",), 0.1, 5),
         JudgeImages(),
         ResolveSamples(),

@@ -1,0 +1,350 @@
+"""The duplicate pairs among the members of one bucket, as a spanning forest: which images some chain of duplicates joins.
+
+A bucket is a cell of vectors, in which pairs are proposed by score, or a band of pHash bits, in which they are proposed by these.
+Members are at home or guests; guests are not compared with each other. The walk compares what a chain joins, so all that is wanted
+here is the connected components: pairs within one tree are not looked at any more, and 200,000 JPEGs of one image cost 200,000
+comparisons. Which edges a forest has may depend on the order of work, its trees never do.
+
+A forest is a memo: with the sorted members it was found among, it stays true. Where members only came, theirs are the only pairs
+looked at.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
+
+from embeddings.duplicates import (
+    PROPOSAL_MARGIN,
+    STRUCTURE_BITS,
+    Pairing,
+    differing_bits,
+    exact_scores,
+)
+
+Signal = Literal["cosine", "phash"]
+_ROWS, _COLUMNS = 1024, 8192
+"""Pairs looked at together; the matrix of their scores is 32 MB."""
+_FIRST_ROWS = 8
+_OWN_QUERY = 32
+"""Rows of one tree in a block from which on they are compared with what is outside of it only."""
+_DENSE = 16
+"""Where more than one of so many pairs is a candidate, all hashes of a block are compared instead of gathering those of candidates."""
+
+
+class Members(NamedTuple):
+    """N members of a bucket, in any order. `ids` V16 (N,) of their prints; `groups` int64 (N,); `home` bool (N,); `side` int64 (N,).
+
+    Where any is of side 1, only those of different sides are compared: the others meet elsewhere.
+    `vectors` float16 (N, D), (N, 0) in a band; `phashes` uint64 (N,); `structures` uint64 (N, 16).
+    """
+
+    ids: npt.NDArray[np.void]
+    groups: npt.NDArray[np.int64]
+    home: npt.NDArray[np.bool_]
+    side: npt.NDArray[np.int64]
+    vectors: npt.NDArray[np.float16]
+    phashes: npt.NDArray[np.uint64]
+    structures: npt.NDArray[np.uint64]
+
+    def at(self, rows: npt.NDArray[np.intp]) -> "Members":
+        return Members(
+            self.ids[rows],
+            self.groups[rows],
+            self.home[rows],
+            self.side[rows],
+            self.vectors[rows],
+            self.phashes[rows],
+            self.structures[rows],
+        )
+
+
+class Forest(NamedTuple):
+    """What a search found: the sorted print ids it looked at, and its trees' edges, as the ids of both ends. V16 (N,) and V16 (E, 2)."""
+
+    members: npt.NDArray[np.void]
+    edges: npt.NDArray[np.void]
+
+
+class Found(NamedTuple):
+    """A forest, and how many pairs were compared for it."""
+
+    forest: Forest
+    num_compared: int
+
+
+def _sort_keys(ids: npt.NDArray[np.void]) -> npt.NDArray[np.uint64]:
+    """Ids as big-endian words, (N, 2)."""
+    return np.ascontiguousarray(ids).view(">u8").reshape(-1, 2).astype(np.uint64)
+
+
+def sorting(ids: npt.NDArray[np.void]) -> npt.NDArray[np.intp]:
+    """The order that sorts ids by their bytes."""
+    words = _sort_keys(ids)
+    return np.lexsort((words[:, 1], words[:, 0]))
+
+
+def places_in(sorted_ids: npt.NDArray[np.void], ids: npt.NDArray[np.void]) -> npt.NDArray[np.intp]:
+    """Where each id stands among sorted distinct ones, -1 for those that do not. int (len(ids),)"""
+    if not len(sorted_ids) or not len(ids):
+        return np.full(len(ids), -1)
+    there, wanted = _sort_keys(sorted_ids), _sort_keys(ids)
+    place = np.searchsorted(there[:, 0], wanted[:, 0])
+    found = np.full(len(ids), -1)
+    # First words agree by chance once in ages, but then the next in line must be looked at too.
+    open_rows = np.arange(len(ids))
+    while len(open_rows):
+        at = place[open_rows]
+        open_rows, at = open_rows[at < len(there)], at[at < len(there)]
+        same_word = there[at, 0] == wanted[open_rows, 0]
+        open_rows, at = open_rows[same_word], at[same_word]
+        hit = there[at, 1] == wanted[open_rows, 1]
+        found[open_rows[hit]] = at[hit]
+        open_rows = open_rows[~hit]
+        place[open_rows] += 1
+    return found
+
+
+class _Proposed(NamedTuple):
+    """Pairs of rows x columns that meet the loosest thresholds of a signal: flat places int (P,), and scores or differing bits (P,)."""
+
+    hits: npt.NDArray[np.intp]
+    values: npt.NDArray[np.float32] | npt.NDArray[np.int32]
+
+
+class _Search:
+    """Finds the duplicates among rows and columns of a bucket's members."""
+
+    def __init__(self, members: Members, signal: Signal, pairing: Pairing, device: str) -> None:
+        self._members, self._pairing = members, pairing
+        self._propose = self._by_cosine if signal == "cosine" else self._by_phash
+        self._decide = self._reach_cosine if signal == "cosine" else self._within_phash_bits
+        self._device = device
+        # On a GPU half floats have the fast product, and accumulate in float32.
+        self._dtype = torch.float16 if device.startswith("cuda") else torch.float32
+        self._vectors = torch.from_numpy(members.vectors)
+
+    def duplicates(
+        self, rows: npt.NDArray[np.intp], columns: npt.NDArray[np.intp]
+    ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+        """All duplicate pairs, as members. What is cheaper is asked first: proposed, verified, then exactly scored."""
+        proposed = self._verifiable(self._propose(rows, columns), rows, columns)
+        row, column = np.divmod(proposed.hits, len(columns))
+        ours, theirs = rows[row], columns[column]
+        decided = self._decide(proposed.values, ours, theirs)
+        return ours[decided], theirs[decided]
+
+    def _by_cosine(self, rows: npt.NDArray[np.intp], columns: npt.NDArray[np.intp]) -> _Proposed:
+        ours, theirs = (
+            self._vectors[torch.from_numpy(places)].to(self._device, self._dtype)
+            for places in (rows, columns)
+        )
+        scores = (ours @ theirs.T).view(-1)
+        hits = (scores >= self._pairing.loosest.cosine - PROPOSAL_MARGIN).nonzero().view(-1)
+        return _Proposed(hits.cpu().numpy(), scores[hits].float().cpu().numpy())
+
+    def _by_phash(self, rows: npt.NDArray[np.intp], columns: npt.NDArray[np.intp]) -> _Proposed:
+        bits = differing_bits(self._members.phashes[rows], self._members.phashes[columns]).reshape(-1)
+        hits = np.flatnonzero(bits <= self._pairing.loosest.phash_bits)
+        return _Proposed(hits, bits[hits])
+
+    def _verifiable(
+        self, proposed: _Proposed, rows: npt.NDArray[np.intp], columns: npt.NDArray[np.intp]
+    ) -> _Proposed:
+        limits, structures = self._pairing.structure_bits, self._members.structures
+        if limits.min() >= STRUCTURE_BITS or not len(proposed.hits):
+            return proposed
+        if len(proposed.hits) * _DENSE > len(rows) * len(columns):
+            distances = differing_bits(structures[rows], structures[columns]).reshape(-1)[proposed.hits]
+        else:
+            row, column = np.divmod(proposed.hits, len(columns))
+            differing = structures[rows[row]] ^ structures[columns[column]]
+            distances = np.bitwise_count(differing).sum(axis=1, dtype=np.int32)
+        near = distances <= self._pairing.loosest.structure_bits
+        hits, distances = proposed.hits[near], distances[near]
+        row, column = np.divmod(hits, len(columns))
+        verified = distances <= limits[self._groups(rows[row], columns[column])]
+        return _Proposed(hits[verified], proposed.values[near][verified])
+
+    def _groups(
+        self, ours: npt.NDArray[np.intp], theirs: npt.NDArray[np.intp]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        return self._members.groups[ours], self._members.groups[theirs]
+
+    def _reach_cosine(
+        self, values: npt.NDArray[Any], ours: npt.NDArray[np.intp], theirs: npt.NDArray[np.intp]
+    ) -> npt.NDArray[np.bool_]:
+        above = values - self._pairing.cosine[self._groups(ours, theirs)]
+        reached: npt.NDArray[np.bool_] = above >= PROPOSAL_MARGIN
+        open_pairs = np.flatnonzero(np.abs(above) < PROPOSAL_MARGIN)
+        ours, theirs = ours[open_pairs], theirs[open_pairs]
+        exact = exact_scores(self._members.vectors, ours, theirs)
+        reached[open_pairs] = exact >= self._pairing.cosine[self._groups(ours, theirs)]
+        return reached
+
+    def _within_phash_bits(
+        self, values: npt.NDArray[Any], ours: npt.NDArray[np.intp], theirs: npt.NDArray[np.intp]
+    ) -> npt.NDArray[np.bool_]:
+        return np.asarray(values <= self._pairing.phash_bits[self._groups(ours, theirs)])
+
+
+class _Trees:
+    """A growing forest over N nodes. `label` int (N,): nodes of one tree share theirs."""
+
+    def __init__(self, count: int) -> None:
+        self.label = np.arange(count)
+        self.edges: list[npt.NDArray[np.intp]] = []
+
+    def join(self, ours: npt.NDArray[np.intp], theirs: npt.NDArray[np.intp], keep: bool = True) -> None:
+        """Add pairs; those that join trees become edges, if `keep`."""
+        a, b = self.label[ours], self.label[theirs]
+        apart = np.flatnonzero(a != b)
+        if not len(apart):
+            return
+        labels, ends = np.unique(np.stack([a[apart], b[apart]]), return_inverse=True)
+        low, high = np.sort(ends.reshape(2, -1), axis=0)
+        pairs, first = np.unique(low * len(labels) + high, return_index=True)
+        low, high = np.divmod(pairs, len(labels))
+        # Weights say which pair an entry is, and are not 0, which would be no entry.
+        graph = coo_matrix((np.arange(1, len(pairs) + 1), (low, high)), (len(labels),) * 2)
+        tree = minimum_spanning_tree(graph)
+        chosen = apart[first[tree.data.astype(np.intp) - 1]]
+        if keep:
+            self.edges.append(np.stack([ours[chosen], theirs[chosen]], axis=1))
+        _, component = connected_components(tree, directed=False)
+        smallest = np.full(component.max() + 1, labels[-1])
+        np.minimum.at(smallest, component, labels)
+        renamed = np.searchsorted(labels, self.label)
+        renamed[renamed == len(labels)] = 0
+        moved = labels[renamed] == self.label
+        self.label[moved] = smallest[component[renamed[moved]]]
+
+    def all_edges(self) -> npt.NDArray[np.intp]:
+        return np.concatenate([*self.edges, np.empty((0, 2), np.intp)])
+
+
+def _row_blocks(rows: npt.NDArray[np.intp]) -> Iterator[npt.NDArray[np.intp]]:
+    """Small blocks first: where much is alike, the first rows join it all."""
+    start, size = 0, _FIRST_ROWS
+    while start < len(rows):
+        yield rows[start : start + size]
+        start, size = start + size, min(size * 4, _ROWS)
+
+
+def _queries(
+    block: npt.NDArray[np.intp], columns: npt.NDArray[np.intp], label: npt.NDArray[np.intp]
+) -> Iterator[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]:
+    """Rows x columns that hold every pair of different trees."""
+    of_block = label[block]
+    labels, counts = np.unique(of_block, return_counts=True)
+    large = labels[counts >= _OWN_QUERY]
+    for tree in large:
+        yield block[of_block == tree], columns[label[columns] != tree]
+    yield block[~np.isin(of_block, large)], columns
+
+
+def find_forest(
+    members: Members,
+    signal: Signal,
+    pairing: Pairing,
+    known: Iterable[Forest] = (),
+    device: str = "cpu",
+) -> Found:
+    """The forest of a bucket. Of `known` ones the largest whose members are all still here saves the pairs among them.
+
+    `device` is where scores are proposed. Memory: linear in the members, and 100 MB.
+    """
+    members = members.at(sorting(members.ids))
+    trees = _Trees(len(members.ids))
+    old = np.zeros(len(members.ids), bool)
+    known_places = _recall(members.ids, known, trees)
+    if known_places is not None:
+        old[known_places] = True
+    search = _Search(members, signal, pairing, device)
+    fixed = pairing.fixed[members.groups]
+    num_compared = 0
+    for rows, columns, is_triangle in _rectangles(members, old):
+        done = 0
+        for block in _row_blocks(rows):
+            beside = columns[done:] if is_triangle else columns
+            done += len(block)
+            for start in range(0, len(beside), _COLUMNS):
+                for ours, theirs in _queries(block, beside[start : start + _COLUMNS], trees.label):
+                    if fixed[ours].all():
+                        theirs = theirs[~fixed[theirs]]
+                    if len(ours) and len(theirs):
+                        num_compared += len(ours) * len(theirs)
+                        trees.join(*search.duplicates(ours, theirs))
+    return Found(Forest(members.ids, members.ids[trees.all_edges()]), num_compared)
+
+
+def _rectangles(
+    members: Members, old: npt.NDArray[np.bool_]
+) -> Iterator[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], bool]]:
+    """Rows x columns that hold every pair to look at: one of them at home, one of them new, their sides different where there are two.
+
+    In a triangle, which begins with the rows, each row is compared with the columns from its own on.
+    """
+
+    def parted(
+        rows: npt.NDArray[np.bool_], columns: npt.NDArray[np.bool_]
+    ) -> Iterator[tuple[Any, Any, bool]]:
+        yield np.flatnonzero(rows & ~old), np.flatnonzero(columns), False
+        yield np.flatnonzero(rows & old), np.flatnonzero(columns & ~old), False
+
+    home, first = members.home, members.side == 0
+    if first.all():
+        new_homes = np.flatnonzero(home & ~old)
+        yield new_homes, np.concatenate([new_homes, np.flatnonzero(home & old)]), True
+        yield from parted(~home, home)
+    else:
+        yield from parted(home & first, home & ~first)
+        yield from parted(~home & first, home & ~first)
+        yield from parted(~home & ~first, home & first)
+
+
+def _recall(ids: npt.NDArray[np.void], known: Iterable[Forest], trees: _Trees) -> npt.NDArray[np.intp] | None:
+    """Join what the largest usable forest joins; the places of its members, or None."""
+    best: tuple[int, bytes] | None = None
+    chosen = None
+    for forest in known:
+        rank = (-len(forest.members), forest.members.tobytes() + forest.edges.tobytes())
+        if (best is None or rank < best) and len(forest.members) <= len(ids):
+            places = places_in(ids, forest.members)
+            if (places >= 0).all():
+                best, chosen = rank, (places, forest.edges)
+    if chosen is None:
+        return None
+    places, edges = chosen
+    ends = places_in(ids, edges.reshape(-1)).reshape(-1, 2)
+    trees.join(ends[:, 0], ends[:, 1])
+    return places
+
+
+class Components(NamedTuple):
+    """Sorted print ids of images that have a duplicate, V16 (N,), and the smallest id of what chains of duplicates join them with."""
+
+    ids: npt.NDArray[np.void]
+    roots: npt.NDArray[np.void]
+
+
+def components(edges: npt.NDArray[np.void]) -> Components:
+    """The connected components of V16 (E, 2). Memory: 100 bytes an edge, one worker's."""
+    ends = edges.reshape(-1)
+    order = sorting(ends)
+    words = _sort_keys(ends[order])
+    new = np.ones(len(ends), bool)
+    new[1:] = (words[1:] != words[:-1]).any(axis=1)
+    ids = ends[order][new]
+    place = np.empty(len(ends), np.intp)
+    place[order] = np.cumsum(new) - 1
+    graph = coo_matrix((np.ones(len(edges), np.int8), (place[::2], place[1::2])), (len(ids),) * 2)
+    count, label = connected_components(graph, directed=False)
+    # Nodes are sorted by id, so the first of a component is its smallest.
+    first = np.full(count, len(ids))
+    np.minimum.at(first, label, np.arange(len(ids)))
+    return Components(ids, ids[first[label]])

@@ -1,0 +1,134 @@
+"""That every pair meets: cells and bands against all pairs, and what a plan says."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embeddings.buckets import Buckets, find_near_duplicates
+from embeddings.cells import Cells, Router, bands, brute_force, fit, plan_cells
+from embeddings.duplicates import DuplicateRule, Group, Pairing, Prints, Thresholds
+from tests.embeddings.oracle import clustered, oracle
+
+GROUPS = [
+    Group(DuplicateRule("copies", 0.9).thresholds),
+    Group(DuplicateRule("similar", 0.93).thresholds),
+    Group(DuplicateRule().thresholds, fixed=True),
+]
+
+
+def unit(seed: int, count: int, dimensions: int, centres: int, spread: float) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    middles = rng.normal(size=(centres, dimensions))
+    vectors = middles[rng.integers(centres, size=count)] + spread * rng.normal(size=(count, dimensions))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+
+
+def some_cells(vectors: np.ndarray, count: int, parts: int = 1, max_guests: int = -1) -> Cells:
+    return Cells(fit(vectors, count), np.full(count, parts), max_guests)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([4, 16, 64]),
+    st.sampled_from([0.5, 0.85, 0.95, 0.99, 1.0]),
+    st.floats(0, 1.5),
+)
+def test_every_pair_meets_in_a_home(seed: int, dimensions: int, cosine: float, spread: float) -> None:
+    vectors = unit(seed, 200, dimensions, 20, spread)
+    cells = some_cells(vectors, 12)
+    rows, visited, home = Router(cells, cosine).route(vectors)
+    assert sorted(rows[home]) == list(range(200))
+    homes = np.empty(200, int)
+    homes[rows[home]] = visited[home]
+    visits = set(zip(rows.tolist(), visited.tolist(), strict=True))
+    assert len(visits) == len(rows), "no cell is visited twice"
+    wide = vectors.astype(np.float64)
+    for a, b in np.argwhere(wide @ wide.T >= cosine).tolist():
+        assert (a, homes[b]) in visits or (b, homes[a]) in visits
+
+
+def test_a_limit_on_guests_is_one() -> None:
+    vectors = unit(1, 500, 16, 20, 0.5)
+    every = Router(some_cells(vectors, 16), 0.9).route(vectors)
+    most = Router(some_cells(vectors, 16, max_guests=2), 0.9).route(vectors)
+    assert len(every.rows) > len(most.rows) and np.bincount(most.rows).max() == 3
+    assert set(zip(most.rows, most.cells, strict=True)) <= set(zip(every.rows, every.cells, strict=True))
+
+
+@pytest.mark.parametrize("max_bits", [0, 1, 8, 15, 63, 64])
+def test_near_hashes_agree_in_a_band(max_bits: int) -> None:
+    rng = np.random.default_rng(max_bits)
+    ours = rng.integers(0, 2**63, 200, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    flips = [sum(1 << int(bit) for bit in rng.choice(64, max_bits, replace=False)) for _ in ours]
+    theirs = ours ^ np.array(flips, np.uint64)
+    assert (bands(ours, max_bits) == bands(theirs, max_bits)).any(axis=1).all() or max_bits == 64
+    assert bands(ours, max_bits).shape == (200, max_bits + 1)
+    joined = np.zeros(200, np.uint64)  # the bands hold all bits
+    for low, column in zip(
+        np.arange(max_bits + 1) * 64 // (max_bits + 1), bands(ours, max_bits).T, strict=True
+    ):
+        joined |= column << np.uint64(low)
+    assert max_bits == 64 or (joined == ours).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 90), st.integers(1, 9), st.integers(1, 4), st.booleans())
+def test_the_search_is_the_meaning_for_any_cells(
+    seed: int, count: int, num_cells: int, parts: int, alike: bool
+) -> None:
+    prints = clustered(seed, count, GROUPS, centres=2 if alike else 0)
+    columns = Prints.of(prints)
+    expected = oracle(prints, GROUPS)
+    rng = np.random.default_rng(seed)
+    centroids = columns.signatures.vectors[rng.integers(count, size=num_cells)].astype(np.float32)
+    for cells in (brute_force(count), Cells(centroids, rng.integers(1, parts + 1, num_cells))):
+        shuffled = [prints[place] for place in rng.permutation(count)]
+        found = find_near_duplicates(shuffled, Pairing(GROUPS), cells).verdicts
+        assert {v.image_id: v.keeper_id for v in found} == expected
+
+
+def test_parts_of_a_cell_meet_once() -> None:
+    prints = clustered(2, 120)
+    columns = Prints.of(prints)
+    buckets = Buckets(Cells(np.zeros((1, 16), np.float32), np.array([3])), Thresholds(0.9, -1, 122))
+    tasks = dict(buckets.split(columns))
+    assert sorted(task.place for task in tasks) == [(0, a, b) for a in range(3) for b in range(a, 3)]
+    pairs = sum(
+        (m.side == 0).sum() * (m.side == 1).sum()
+        if (m.side == 1).any()
+        else len(m.ids) * (len(m.ids) - 1) // 2
+        for m in tasks.values()
+    )
+    assert pairs == 120 * 119 // 2
+    assert len({task.key for task in tasks}) == 6
+
+
+def test_plans() -> None:
+    vectors = unit(0, 6000, 32, 40, 0.15)
+    tight, wide = Thresholds(0.98, 8, 122), Thresholds(-0.5, 8, 122)
+    assert plan_cells(vectors[:50], 50, tight).cells.centroids.shape[0] == 1
+    plan = plan_cells(vectors, 60_000, tight)
+    assert len(plan.cells.centroids) > 1 and plan.estimate.share < 0.5 and plan.estimate.recall == 1
+    assert "brute force" in plan.why
+    assert len(plan_cells(vectors, 60_000, wide).cells.centroids) == 1
+    again = plan_cells(vectors, 60_000, tight, frozen=plan.cells.centroids)
+    assert again.cells.name == plan.cells.name
+    assert plan_cells(vectors, 200_000, wide).cells.parts.tolist() == [13]
+
+
+def test_a_plan_for_less_than_all_pairs_searches_less() -> None:
+    vectors = unit(0, 4000, 32, 300, 0.15)
+    exact = plan_cells(vectors, 60_000, Thresholds(0.9, 8, 122))
+    nearly = plan_cells(vectors, 60_000, Thresholds(0.9, 8, 122), recall=0.9)
+    assert nearly.estimate.max_guests >= 0 and nearly.estimate.recall >= 0.9
+    assert nearly.estimate.cost(60_000, 32) < exact.estimate.cost(60_000, 32)
+    few = plan_cells(unit(0, 400, 32, 400, 1.0), 60_000, Thresholds(0.99, 8, 122), recall=0.9)
+    assert few.estimate.max_guests < 0 and "too few" in few.why
+
+
+def test_hashes_of_centroids_name_cells() -> None:
+    centroids = np.eye(3, dtype=np.float32)
+    assert Cells(centroids, np.ones(3, int)).name == Cells(centroids.copy(), np.full(3, 2)).name
+    assert Cells(centroids * 2, np.ones(3, int)).name != Cells(centroids, np.ones(3, int)).name
