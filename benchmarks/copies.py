@@ -30,6 +30,7 @@ from benchmarks.originals import (
     PHOTOS,
     VEGETABLES,
     Facts,
+    Pairs,
     changed,
     choose,
     compared,
@@ -38,7 +39,7 @@ from benchmarks.originals import (
     keep,
     look_alikes,
 )
-from embeddings.duplicates import DuplicateRule
+from embeddings.duplicates import DuplicateRule, Signatures
 
 MOST_BITS = 24
 """More differing bits of 64 than this say no more against a pair: crops and turned images differ by as many as unlike ones."""
@@ -53,42 +54,43 @@ class Known(NamedTuple):
 
 
 class Signals(NamedTuple):
-    """What scores are made of, each of M images beside each of N, (M, N). `Pairs` and more."""
+    """What scores are made of, each of M images beside each of N, (M, N)."""
 
-    cosine: np.ndarray
-    bits: np.ndarray
-    either_way: np.ndarray  # as `bits`, the least over the eight ways to mirror and turn an image
-    structure: np.ndarray
+    plain: Pairs
+    either_way: Pairs  # as `plain`, but the hashes nearest of the eight ways to mirror and turn an image
     imagededup: np.ndarray
     one_cluster: np.ndarray
 
 
-def either_way(phashes: np.ndarray) -> np.ndarray:
-    """uint64 (N,) -> (8, N): about the pHashes of the mirrored and turned images, read off the hashes alone.
+def either_way(hashes: np.ndarray, side: int) -> list[np.ndarray]:
+    """About the pHashes of the eight mirrored and turned images, as the given ones of side x side bits, read off these alone.
 
     Bits say which coefficients of a cosine transform exceed their median, which is near zero: mirrored, the odd ones change their
     sign; transposed, they change places.
     """
-    bits = np.unpackbits(phashes.view(np.uint8).reshape(-1, 8), axis=1).reshape(-1, 8, 8)
-    odd = np.arange(8, dtype=np.uint8) % 2
-    turned = [
-        way ^ (odd[:, None] * down) ^ (odd[None] * across)
+    bits = np.unpackbits(hashes.view(np.uint8).reshape(len(hashes), -1), axis=1).reshape(-1, side, side)
+    odd = np.arange(side, dtype=np.uint8) % 2
+    return [
+        np.packbits((way ^ (odd[:, None] * down) ^ (odd * across)).reshape(len(hashes), -1), axis=1)
+        .view(hashes.dtype)
+        .reshape(hashes.shape)
         for way in (bits, bits.transpose(0, 2, 1))
         for down in (0, 1)
         for across in (0, 1)
     ]
-    return np.stack([np.packbits(way.reshape(-1, 64), axis=1).view(np.uint64).ravel() for way in turned])
 
 
 def signals(ours: Known, theirs: Known) -> Signals:
-    pairs = compared(ours.facts.signatures, theirs.facts.signatures)
-    turned = either_way(theirs.facts.signatures.phashes)
-    ways = [np.bitwise_count(ours.facts.signatures.phashes[:, None] ^ way) for way in turned]
+    mine, others = ours.facts.signatures, theirs.facts.signatures
+    turned = zip(either_way(others.phashes, 8), either_way(others.structures, 32), strict=True)
+    ways = [compared(mine, Signatures(others.vectors, *hashes)) for hashes in turned]
     return Signals(
-        pairs.cosine,
-        pairs.bits,
-        np.min(ways, axis=0).astype(int),
-        pairs.structure,
+        ways[0],
+        Pairs(
+            ways[0].cosine,
+            np.min([way.bits for way in ways], axis=0),
+            np.min([way.structure for way in ways], axis=0),
+        ),
         np.bitwise_count(ours.imagededup[:, None] ^ theirs.imagededup).astype(int),
         ours.cluster[:, None] == theirs.cluster,
     )
@@ -107,9 +109,13 @@ class Corpus(NamedTuple):
     alike: dict[str, Signals]
 
 
-def corpus(originals: list[bytes], queries: int, seed: int, kind: str) -> Corpus:
+def corpus(originals: list[bytes], queries: int, seed: int, photos: tuple[str, str]) -> Corpus:
     """The clusters are of all images of the split, as SemDeDup would see them: as many as the root of their number."""
-    sets = {"": originals, **dict(changed(originals[:queries])), **dict(look_alikes(seed, LOOK_ALIKES, kind))}
+    sets = {
+        "": originals,
+        **dict(changed(originals[:queries])),
+        **dict(look_alikes(seed, LOOK_ALIKES, photos)),
+    }
     facts = {name: facts_of(images) for name, images in sets.items()}
     vectors = np.concatenate([one.signatures.vectors for one in facts.values()]).astype(np.float32)
     clusters = KMeans(round(math.sqrt(len(vectors))), n_init=1, random_state=seed).fit_predict(vectors)
@@ -136,11 +142,11 @@ def fitted(features: Callable[[Signals], list[np.ndarray]], pairs: Corpus) -> Ca
     )
     weights = ", ".join(f"{weight:.2f}" for weight in model.coef_[0])
     print(f"- weights {weights}; intercept {model.intercept_[0]:.2f}")
-    return lambda one: model.decision_function(matrix(one)).reshape(one.cosine.shape)
+    return lambda one: model.decision_function(matrix(one)).reshape(one.plain.cosine.shape)
 
 
 def truth(one: Signals) -> np.ndarray:
-    return np.eye(*one.cosine.shape, dtype=bool)
+    return np.eye(*one.plain.cosine.shape, dtype=bool)
 
 
 def recall_at_precision(true: np.ndarray, scores: np.ndarray, least: float = 0.95) -> tuple[float, float]:
@@ -170,15 +176,15 @@ def main() -> None:
     pictures = choose(arguments.seed, PHOTOS, DRAWINGS)
     others = corpus(pictures[:FITTED], min(arguments.queries, 100), arguments.seed + 1, VEGETABLES)
     reported = corpus(pictures[FITTED:], arguments.queries, arguments.seed, FISH)
-    both = fitted(lambda one: [one.cosine, np.minimum(one.bits, MOST_BITS)], others)
-    turned = fitted(lambda one: [one.cosine, np.minimum(one.either_way, MOST_BITS)], others)
+    both = fitted(lambda one: [one.plain.cosine, np.minimum(one.plain.bits, MOST_BITS)], others)
+    turned = fitted(lambda one: [one.plain.cosine, np.minimum(one.either_way.bits, MOST_BITS)], others)
     ways: dict[str, Callable[[Signals], np.ndarray]] = {
         "imagededup's PHash": lambda one: -one.imagededup,
-        "pHash alone": lambda one: -one.bits,
-        "embedding alone": lambda one: one.cosine,
-        "embedding within k-means clusters": lambda one: np.where(one.one_cluster, one.cosine, -2),
+        "pHash alone": lambda one: -one.plain.bits,
+        "embedding alone": lambda one: one.plain.cosine,
+        "embedding within k-means clusters": lambda one: np.where(one.one_cluster, one.plain.cosine, -2),
         "both": both,
-        "both, verified copies first": lambda one: both(one) + 1000 * copies(one, rule),
+        "both, verified copies first": lambda one: both(one) + 1000 * copies(one.plain, rule),
         "both, hashes turned and mirrored": turned,
     }
     true = {name: truth(one) for name, one in reported.changes.items()}
@@ -207,13 +213,14 @@ def main() -> None:
             f"{(scores[change] >= threshold)[true[change]].mean():.2f}"
             for change in CHANGES
         ]
-    hits = together({change: copies(one, rule) for change, one in reported.changes.items()})
-    right = (hits & together(true)).sum()
-    print(
-        f"| the default rule: verified copies alone | | | {right / together(true).sum():.3f} | {right / hits.sum():.3f} "
-        f"| {removed({kind: copies(one, rule) for kind, one in reported.alike.items()})} |"
-    )
-    print(f"\n| AP, recall at that threshold | {' | '.join(ways)} |\n|---{'|---' * len(ways)}|")
+    for name, seen in (("the default rule", "plain"), ("the same, hashes turned and mirrored", "either_way")):
+        found = {change: copies(getattr(one, seen), rule) for change, one in reported.changes.items()}
+        hits = together(found)
+        right = (hits & together(true)).sum()
+        wrongly = removed({kind: copies(getattr(one, seen), rule) for kind, one in reported.alike.items()})
+        print(f"| {name} | | | {right / together(true).sum():.3f} | {right / hits.sum():.3f} | {wrongly} |")
+        lines[name] = [f"{found[change][true[change]].mean():.2f}" for change in CHANGES]
+    print(f"\n| AP, recall at that threshold | {' | '.join(lines)} |\n|---{'|---' * len(lines)}|")
     for row, change in enumerate(CHANGES):
         mark = " (geometric)" if change in GEOMETRIC else ""
         print(f"| {change}{mark} | {' | '.join(column[row] for column in lines.values())} |")

@@ -237,7 +237,7 @@ def plot(measured: Measured, rule: DuplicateRule, path: Path) -> None:
         panel.set_xlabel(f"--{option.replace('_', '-')}")
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("share")
-    panels[1].legend(fontsize=8, frameon=False, loc="center right")
+    panels[0].legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 0.1))
     figure.tight_layout()
     figure.savefig(path, dpi=90)
 
