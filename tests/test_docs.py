@@ -46,6 +46,8 @@ def test_flags_that_the_docs_name_exist(page: Path) -> None:
         "--rounds",
         "--images",
         "--originals",
+        "--queries",
+        "--plot",
     }
     known |= {
         "--direct_running_mode",

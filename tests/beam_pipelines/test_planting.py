@@ -80,7 +80,7 @@ def files_after(folder: Path, originals: int, lookalikes: int) -> dict[str, str]
 def test_rows_name_exactly_the_files(planted: tuple[Path, list[Planted]]) -> None:
     folder, rows = planted
     assert [row.name for row in rows] == sorted(files(folder))
-    assert Counter(row.kind for row in rows) == {"change": 8 * 14, "lookalike": 3 * 3, "broken": 6}
+    assert Counter(row.kind for row in rows) == {"change": 8 * 14, "lookalike": 4 * 3, "broken": 6}
     names = {path.name for path in IMAGES}
     for row in rows:
         assert (row.original in names) == (row.kind == "change")
@@ -202,9 +202,10 @@ def test_hashes_follow_the_changes_that_keep_pixels_in_place_and_lose_the_others
 
 @pytest.mark.parametrize("template", sorted(LOOKALIKES))
 def test_documents_of_one_template_differ_as_documents_do(template: str) -> None:
-    """Nearest of 190 pairs with seed 7: invoices .18, pages .34, charts .35; of 1,770 pairs .16, .34, .21."""
+    """Nearest of 190 pairs with seed 7: invoices .18, pages .34, charts .35, screens .14; of 1,770 pairs .16, .34, .21, .11."""
     pictures = [LOOKALIKES[template](index, 7) for index in range(20)]
-    assert {picture.size for picture in pictures} == {(640, 480) if template == "chart" else (800, 1000)}
+    sizes = {"chart": (640, 480), "screen": (800, 600)}
+    assert {picture.size for picture in pictures} == {sizes.get(template, (800, 1000))}
     hashes = [imagehash.phash(picture, hash_size=32) for picture in pictures]
     pairs = [float(a - b) / 1024 for a, b in itertools.combinations(hashes, 2)]
     assert sum(pair <= COPY for pair in pairs) <= 1
