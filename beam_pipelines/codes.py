@@ -79,6 +79,7 @@ CODES: Mapping[str, str] = {
     "no_sample": "No sample that survived names it.",
     "image_duplicate": "One of its images is a duplicate, and the kept image has other pixels or --on-duplicate is drop.",
     "same_sample": "Another sample has the same images and the same conversation.",
+    "near_question": "It was moved to the keeper of its image, about which another sample asks the same in other words.",
     **{f"image_{code}": f"One of its images is dead. {meaning}" for code, meaning in _DEAD_IMAGES.items()},
     **{
         f"image_{code}": f"One of its images is filtered. {meaning}"

@@ -133,7 +133,7 @@ def _samples_about(snapshot: Snapshot, image_ids: Iterable[str], what: str) -> F
 def _samples_beside(snapshot: Snapshot, images: Sequence[Row], samples: Sequence[Row]) -> Found:
     """Decisions on samples that are tied to the images without being listed in the samples table.
 
-    Those that said the same as a sample about them, those that fell with an image as it was written, and, of images that are not
+    Those that said or asked the same as a sample about them, those that fell with an image as it was written, and, of images that are not
     kept, the samples that image files are themselves and those that were filtered with them.
     """
     ids = {row["id"] for row in images}
@@ -141,7 +141,8 @@ def _samples_beside(snapshot: Snapshot, images: Sequence[Row], samples: Sequence
     files = {f"{row['source']}\0{row['name']}" for row in images if row["fate"] != "kept"}
 
     def beside(table: pa.Table) -> pa.Array:
-        same = pc.and_(pc.equal(table["code"], "same_sample"), _is_in(table["other_id"], said))
+        codes = _is_in(table["code"], ("same_sample", "near_question"))
+        same = pc.and_(codes, _is_in(table["other_id"], said))
         with_image = pc.or_(
             pc.equal(table["code"], "image_source_changed"), pc.equal(table["fate"], "filtered")
         )

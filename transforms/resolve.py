@@ -23,6 +23,7 @@ from shards.records import (
     TaggedImage,
     Verdict,
 )
+from synthesis.questions import questions_of
 from transforms.fates import DECISIONS, decision
 
 STAGE = "resolve"
@@ -173,24 +174,52 @@ def resolve_sample(
     )
 
 
-def collapse_equal(samples: Iterable[Sample]) -> tuple[Sample, list[Decision]]:
-    """Of equal samples the first by origin, with all the ids it stands for and all their licences; and decisions on the others."""
-    first, *others = sorted(samples, key=lambda sample: sample.origin)
-    licenses = sorted({sample.license for sample in (first, *others) if sample.license})
-    from_ids = sorted({from_id for sample in (first, *others) for from_id in sample.from_ids})
+def collapse(samples: Iterable[Sample]) -> tuple[list[Sample], list[Decision]]:
+    """Of samples with the same images in order, those that stand, and decisions on the others.
+
+    Equal samples become one. A sample that was moved here, to keepers, gives way to one that asks the same in other words
+    (`synthesis.questions`): to the first by origin of those that were about these very images in their source, else of those that
+    were moved. The former never give way to a question. What stands lists the ids and licenses of all that it stands for.
+    """
+    ordered = sorted(samples, key=lambda sample: sample.origin)
+    equal: dict[bytes, list[Sample]] = {}
+    for sample in ordered:
+        equal.setdefault(sample.sample_id, []).append(sample)
+    standing: dict[bytes, list[Sample]] = {}
+    asked: dict[tuple[tuple[str, ...], ...], bytes] = {}
+    for sample_id, group in sorted(equal.items(), key=lambda item: _was_moved(item[1])):  # a stable order
+        questions = questions_of(group[0].conversation) if group[0].image_ids else ()
+        if _was_moved(group) and questions in asked:
+            standing[asked[questions]] += group
+            continue
+        standing[sample_id] = group
+        if questions:
+            asked.setdefault(questions, sample_id)
     rows = [
         decision(
             "sample",
             "duplicate",
             other.from_ids[0],
             STAGE,
-            "same_sample",
+            "same_sample" if other.sample_id == sample_id else "near_question",
             other.origin,
-            other_id=first.sample_id,
+            other_id=sample_id,
         )
+        for sample_id, (_, *others) in standing.items()
         for other in others
     ]
-    return first._replace(from_ids=from_ids, license="; ".join(licenses)), rows
+    return [_for_all(group) for group in standing.values()], rows
+
+
+def _was_moved(equal: Sequence[Sample]) -> bool:
+    return not any(sample.sample_id in sample.from_ids for sample in equal)
+
+
+def _for_all(samples: Sequence[Sample]) -> Sample:
+    """The first, with the ids that all stand for and all their licenses."""
+    licenses = sorted({sample.license for sample in samples if sample.license})
+    from_ids = sorted({from_id for sample in samples for from_id in sample.from_ids})
+    return samples[0]._replace(from_ids=from_ids, license="; ".join(licenses))
 
 
 def _explode(sample: SourceSample) -> Iterator[tuple[bytes, tuple[bytes, int]]]:
@@ -217,15 +246,19 @@ class _Resolve(beam.DoFn):
         fates = [fate for _, fate in sorted(groups["fates"], key=lambda pair: pair[0])]
         result = resolve_sample(sample, fates, self._on_duplicate, self._on_missing)
         if isinstance(result, Sample):
-            yield result.sample_id, result
+            # What was moved may meet a question about its new images; text alone is about none.
+            if self._on_duplicate == "merge" and result.image_ids:
+                yield digest([image_id.hex() for image_id in result.image_ids]), result
+            else:
+                yield result.sample_id, result
         else:
             yield TaggedOutput(DECISIONS, result)
 
 
-class _CollapseEqual(beam.DoFn):
+class _Collapse(beam.DoFn):
     def process(self, keyed: tuple[bytes, Iterable[Sample]]) -> Iterator[Any]:
-        sample, rows = collapse_equal(keyed[1])
-        yield sample
+        samples, rows = collapse(keyed[1])
+        yield from samples
         for row in rows:
             yield TaggedOutput(DECISIONS, row)
 
@@ -234,7 +267,8 @@ class _CollapseEqual(beam.DoFn):
 class ResolveSamples(beam.PTransform):
     """{samples, fates} -> (Samples, decisions on the others). Text-only samples pass.
 
-    Shuffled: samples by their key, and once more by sample_id, so that equal ones collapse.
+    Shuffled: samples by their key, and once more by what they may collapse with: their images, where duplicates move to keepers, else
+    the whole sample. A worker holds all samples of one list of images.
     """
 
     on_duplicate: Literal["merge", "drop"] = "merge"
@@ -267,7 +301,7 @@ class ResolveSamples(beam.PTransform):
             resolved.samples
             | "GroupEqual" >> beam.GroupByKey()
             | "CollapseEqual"
-            >> beam.ParDo(_CollapseEqual()).with_output_types(Sample).with_outputs(DECISIONS, main="samples")
+            >> beam.ParDo(_Collapse()).with_output_types(Sample).with_outputs(DECISIONS, main="samples")
         )
         decisions = (resolved[DECISIONS], collapsed[DECISIONS]) | "Decisions" >> beam.Flatten()
         return collapsed.samples, decisions

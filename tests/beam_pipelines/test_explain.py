@@ -96,6 +96,7 @@ class Named(SmallSnapshot):
             *(fallen(n, "duplicate", "image_duplicate", other=self.kept_id) for n in (4, 5)),
             fallen(6, "duplicate", "same_sample", other=self.samples[0].sample_id),
             fallen(7, "dead", "image_source_changed", other=image_id_of(b"void")),
+            fallen(8, "duplicate", "near_question", other=self.samples[0].sample_id),
             fallen(0, "duplicate", "image_duplicate", near[0], self.kept_id),
         ]
 
@@ -110,6 +111,8 @@ def test_a_sample_that_says_the_same_is_found_by_the_image(named):
     lines = named("cat.jpg")
     (same,) = [line for line in lines if line.startswith("sample captions.jsonl, record 6 ")]
     assert "duplicate of captions.jsonl, record 0 (id " in same and "same_sample" in same
+    (asked,) = [line for line in lines if line.startswith("sample captions.jsonl, record 8 ")]
+    assert "duplicate of captions.jsonl, record 0 (id " in asked and "near_question" in asked
     assert not [line for line in lines if "record 4" in line or "record 5" in line], (
         "those named another image"
     )

@@ -31,6 +31,7 @@ from shards.records import (
     MediaRef,
     NamedImage,
     Origin,
+    Sample,
     ShardFile,
     SourceImage,
     SourceSample,
@@ -55,7 +56,7 @@ from transforms.resolve import (
     NameImages,
     ResolveSamples,
     caption_of,
-    collapse_equal,
+    collapse,
     resolve_sample,
 )
 from transforms.settle import SettleImages, SettleSamples
@@ -247,13 +248,140 @@ def test_equal_samples_collapse_to_the_first_by_origin() -> None:
         for n in range(3)
     )
     one, three = one._replace(license="CC0-1.0"), three._replace(license="all rights reserved")
-    kept, rows = collapse_equal([three, one, two])
+    (kept,), rows = collapse([three, one, two])
     assert kept.license == "CC0-1.0; all rights reserved"
     assert kept.origin.offset == 0
     assert kept.from_ids == [b"\x07", b"\x08", b"\x09"]
     assert [(r.offset, r.code, r.other_id) for r in rows] == [
         (n, "same_sample", kept.sample_id) for n in (1, 2)
     ]
+
+
+def asking(question: str, number: int, names: list[str], moved_from: str = "", answer: str = "yes") -> Sample:
+    """A resolved sample; of `moved_from`'s images, if given, each became the keeper of its place."""
+    turns = [Turn("human", question), Turn("gpt", answer)]
+    fates = [
+        fate(name, fate="duplicate", image_id=image_id_of(old.encode()), same_pixels=True)
+        if old != name
+        else fate(name)
+        for name, old in zip(names, moved_from or names, strict=True)
+    ]
+    sample = resolve_sample(sample_of(list(moved_from or names), turns, number), fates, "merge", "drop")
+    assert isinstance(sample, Sample)
+    return sample._replace(license=f"license {number}")
+
+
+def collapsed(samples: list[Sample]) -> tuple[dict[int, list[bytes]], list[tuple[int, str, bytes]]]:
+    """What stands: its number and from_ids; what does not: number, code, the id it gave way to. The same in any order."""
+    found = []
+    for number in range(3):
+        standing, rows = collapse(samples[number:] + samples[:number])
+        assert sorted([s.origin.offset for s in standing] + [r.offset for r in rows]) == sorted(
+            sample.origin.offset for sample in samples
+        ), "each has one fate"
+        by_offset = {sample.origin.offset: sample for sample in samples}
+        assert all(row.id == by_offset[row.offset].from_ids[0] and row.fate == "duplicate" for row in rows)
+        found.append(
+            (
+                {sample.origin.offset: list(sample.from_ids) for sample in standing},
+                sorted((row.offset, row.code, row.other_id) for row in rows),
+            )
+        )
+    assert found[0] == found[1] == found[2]
+    return found[0]
+
+
+def test_a_moved_sample_gives_way_to_one_that_asks_the_same() -> None:
+    own = asking("What is in the image?", 5, ["a"])
+    moved = [
+        asking("<image>\nwhat's in the image", 1, ["a"], "b", "no"),
+        asking("Where is it?", 2, ["a"], "b"),
+        asking("where is it", 3, ["a"], "c", "there"),
+        asking("Who is it?", 4, ["a"], "b"),
+    ]
+    standing, rows = collapsed([own, *moved])
+    assert rows == [(1, "near_question", own.sample_id), (3, "near_question", moved[1].sample_id)]
+    assert standing == {
+        5: sorted(own.from_ids + moved[0].from_ids),
+        2: sorted(moved[1].from_ids + moved[2].from_ids),
+        4: moved[3].from_ids,
+    }
+    (kept,), _ = collapse([own, moved[0]])
+    assert (kept.conversation, kept.license) == (own.conversation, "license 1; license 5")
+
+
+def test_samples_that_were_not_moved_never_give_way_to_a_question() -> None:
+    own = [
+        asking("What is it?", 2, ["a"]),
+        asking("what's it", 3, ["a"]),
+        asking("What is it?", 4, ["a"], answer="no"),
+    ]
+    standing, rows = collapsed([*own, asking("WHAT IS IT", 1, ["a"], "b")])
+    assert sorted(standing) == [2, 3, 4] and rows == [(1, "near_question", own[0].sample_id)]
+    # The same sample of the keeper and of its duplicate is the keeper's own.
+    both = [
+        asking("What is it", 0, ["a"], "b"),
+        asking("What is it", 1, ["a"]),
+        asking("What is it?", 2, ["a"]),
+    ]
+    standing, rows = collapsed(both)
+    assert sorted(standing) == [0, 2] and rows == [(1, "same_sample", both[0].sample_id)]
+
+
+def test_what_equals_a_sample_that_gives_way_gives_way_to_the_same() -> None:
+    own = asking("What is it?", 9, ["a"])
+    moved = [asking("what is it", number, ["a"], old) for number, old in ((1, "b"), (2, "c"))]
+    standing, rows = collapsed([own, *moved])
+    assert rows == [(number, "near_question", own.sample_id) for number in (1, 2)]
+    assert standing == {9: sorted({*own.from_ids, *moved[0].from_ids, *moved[1].from_ids})}
+
+
+def test_what_asks_nothing_or_is_about_nothing_gives_way_to_no_question() -> None:
+    captions = [asking("<image>", number, ["a"], "b", f"caption {number}") for number in (1, 2)]
+    assert collapsed([asking("<image>", 0, ["a"]), *captions])[1] == []
+    texts = [
+        sample._replace(image_ids=[]) for sample in (asking("q", 1, ["a"], "b"), asking("Q?", 2, ["a"], "b"))
+    ]
+    assert collapsed(texts)[1] == []
+
+
+@pytest.mark.parametrize("on_duplicate", ["merge", "drop"])
+def test_questions_meet_in_a_pipeline_where_samples_move(on_duplicate: str) -> None:
+    from transforms.resolve import _place_of
+
+    def talk(question: str) -> list[Turn]:
+        return [Turn("human", question), Turn("gpt", "a cat")]
+
+    asked = [
+        (["a", "c"], "What is it?"),
+        (["a", "c"], "what's it"),  # the user's own, of these very images
+        (["b", "c"], "<image> what is it"),
+        (["c", "b"], "what is it"),  # in another order the images are others
+        (["b", "c"], "How old is it?"),
+        ([], "What is it?"),
+        ([], "what is it"),
+    ]
+    samples = [sample_of(names, talk(question), number) for number, (names, question) in enumerate(asked)]
+    a = image_id_of(b"a")
+    fates = {
+        "a": fate("a"),
+        "b": fate("b", fate="duplicate", code="near_phash", keeper_id=a, same_pixels=True),
+        "c": fate("c"),
+    }
+    keyed = [(_place_of(source_image(name).origin), one) for name, one in fates.items()]
+    standing_id = sample_id_of([a, image_id_of(b"c")], talk("What is it?"))
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        resolved, rows = {
+            "samples": pipeline | "s" >> beam.Create(samples),
+            "fates": pipeline | "f" >> beam.Create(keyed),
+        } | ResolveSamples(on_duplicate)
+        expected = {
+            "merge": ([0, 1, 3, 4, 5, 6], [(2, "near_question", standing_id)]),
+            "drop": ([0, 1, 5, 6], [(n, "image_duplicate", a) for n in (2, 3, 4)]),
+        }[on_duplicate]
+        assert_that(resolved | beam.Map(lambda s: s.origin.offset), equal_to(expected[0]), "samples")
+        told = rows | "c" >> beam.Map(lambda d: (d.offset, d.code, d.other_id))
+        assert_that(told, equal_to(expected[1]), "rows")
 
 
 def test_resolving_in_a_pipeline_with_text_only_and_repeated_images() -> None:
