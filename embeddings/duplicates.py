@@ -92,7 +92,6 @@ class Pairing:
     """The thresholds of pairs, by the groups of both: float64 `cosine`, int64 `phash_bits` and `structure_bits`, each (groups, groups)."""
 
     def __init__(self, groups: Sequence[Group]) -> None:
-        self.groups = tuple(groups)
         table = [
             [NEVER if a.fixed and b.fixed else a.thresholds.stricter(b.thresholds) for b in groups]
             for a in groups
@@ -157,8 +156,11 @@ def exact_scores(
 
 def propose(ours: Signatures, theirs: Signatures, loosest: Thresholds) -> npt.NDArray[np.bool_]:
     """bool (ours, theirs): pairs that may be candidates; never misses one."""
-    scores = ours.vectors.astype(np.float32) @ theirs.vectors.astype(np.float32).T
-    proposed = scores >= loosest.cosine - PROPOSAL_MARGIN
+    if loosest.cosine > 1:
+        proposed = np.zeros((len(ours.phashes), len(theirs.phashes)), bool)
+    else:
+        scores = ours.vectors.astype(np.float32) @ theirs.vectors.astype(np.float32).T
+        proposed = scores >= loosest.cosine - PROPOSAL_MARGIN
     if loosest.phash_bits >= 0:
         proposed |= differing_bits(ours.phashes, theirs.phashes) <= loosest.phash_bits
     return np.asarray(proposed)

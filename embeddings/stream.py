@@ -13,7 +13,6 @@ Any split of the same arrivals into batches, each after the one before, gives th
 late arrival, ordered before what earlier batches held, is compared with those too, whose answers stand.
 """
 
-import math
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from embeddings.duplicates import DuplicateRule, Signatures, compare, propose
+from embeddings.duplicates import NEVER, DuplicateRule, Signatures, compare, propose
 
 SNAPSHOT_TIME = -(2**63)
 """The event time of images of the snapshot: before any arrival."""
@@ -129,7 +128,7 @@ def empty_state(dimension: int) -> CellState:
 
 def band_rule(rule: DuplicateRule) -> DuplicateRule:
     """The rule within a band of the pHash: a cosine that no pair reaches, so that the hash alone proposes. Scores stay what they are."""
-    return rule._replace(cosine=math.inf)
+    return rule._replace(cosine=NEVER.cosine)
 
 
 def strongest(answers: Iterable[HeldBack]) -> HeldBack | None:
@@ -234,20 +233,14 @@ def _matches(
     ours: Signatures, theirs: Signatures, visible: npt.NDArray[np.bool_], rule: DuplicateRule
 ) -> Iterator[_Match]:
     """For each of ours its duplicate with the highest score among those visible, bool (ours, theirs); of equals the first."""
-    shortened = (
-        (ours._replace(vectors=ours.vectors[:, :0]), theirs._replace(vectors=theirs.vectors[:, :0]))
-        if math.isinf(rule.cosine)  # no product could propose
-        else (ours, theirs)
-    )
     for start in range(0, len(theirs.phashes), _THEIRS):
         chunk = slice(start, start + _THEIRS)
-        visible[:, chunk] &= propose(shortened[0], shortened[1].at(chunk), rule)
+        visible[:, chunk] &= propose(ours, theirs.at(chunk), rule.thresholds)
     for row in np.flatnonzero(visible.any(axis=1)):
         others = np.flatnonzero(visible[row])
-        compared = compare(ours.at(slice(row, row + 1)), theirs.at(others), rule)
-        duplicate = compared.verified if rule.mode == "copies" else compared.candidate
-        if duplicate.any():
-            best = int(np.argmax(np.where(duplicate, compared.scores, -np.inf)))
+        compared = compare(ours.at(slice(row, row + 1)), theirs.at(others), *rule.thresholds)
+        if compared.verified.any():
+            best = int(np.argmax(np.where(compared.verified, compared.scores, -np.inf)))
             yield _Match(
                 int(row),
                 int(others[best]),
