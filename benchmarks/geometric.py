@@ -1,6 +1,6 @@
 """How many geometric copies `images.align` finds, and how many look-alikes it takes for copies.
 
-python -m benchmarks.geometric --originals 60
+python -m benchmarks.geometric
 
 Originals are examples that no threshold was chosen on. Per change: the share of originals, and of documents, that are aligned with
 their changed copy. Per kind: pairs of different images, also of one document with a changed other one, that are aligned all the same.
@@ -71,8 +71,8 @@ def edited(kind: str, image: Image.Image) -> Image.Image:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--originals", type=int, default=60)
-    parser.add_argument("--lookalikes", type=int, default=60)
-    parser.add_argument("--pairs", type=int, default=400)
+    parser.add_argument("--lookalikes", type=int, default=40)
+    parser.add_argument("--pairs", type=int, default=250)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     clock = Clock()
