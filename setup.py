@@ -56,9 +56,11 @@ EXTRAS = {
         "xllamacpp>=2026.0",
     ],
     "gcp": ["apache-beam[gcp]>=2.77,<2.78", "google-cloud-storage>=3"],
+    "geometric": ["opencv-python-headless>=5,<6"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["demo"],
+    *EXTRAS["geometric"],
     "boto3>=1.28",
     "cryptography>=42",
     "datasets>=3",

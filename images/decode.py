@@ -221,3 +221,17 @@ def as_jpeg(encoded: bytes, max_pixels: int, limits: Limits, quality: int = 90) 
     sink = io.BytesIO()
     Image.fromarray(np.asarray(image)).save(sink, "JPEG", quality=quality)
     return sink.getvalue()
+
+
+def grey_of(encoded: bytes, max_side: int, limits: Limits) -> bytes:
+    """Luma of one image, its longer side at most `max_side` pixels (at most 65,535), as bytes for `images.align.luma_from`.
+
+    Width and height as little-endian uint16, then a byte a pixel, row by row. Raises BadData as `open_image` does.
+    """
+    image, _ = open_image(encoded, limits.max_pixels)
+    grey = image.convert("L")
+    shrink = max_side / max(grey.size)
+    if shrink < 1:
+        sides = (max(1, round(grey.width * shrink)), max(1, round(grey.height * shrink)))
+        grey = grey.resize(sides, Image.Resampling.BILINEAR)
+    return struct.pack("<HH", *grey.size) + grey.tobytes()
