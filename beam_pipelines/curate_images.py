@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import sys
 from collections.abc import Sequence
 
@@ -19,14 +20,16 @@ from images.sources.source import Source
 from shards.errors import BadRequest
 from shards.ledger import note_url_epoch
 from shards.snapshot import Snapshot, open_snapshot
+from transforms.against import ReadKept, refuse
 from transforms.commit import Commit
 from transforms.decontaminate import Decontaminate, Decontaminated
 from transforms.deduplicate import CollapseSameBytes, FindNearDuplicates
-from transforms.embed import DistinctReferences, Reading
+from transforms.embed import DistinctReferences, EmbedImages, Reading
 from transforms.filter import FilterImages
 from transforms.limit import LimitErrors
 from transforms.plan import PlanInstructions
 from transforms.read import ReadSamples
+from transforms.recall import Known, RecallImages
 from transforms.resolve import JudgeImages, NameImages, ResolveSamples, fate_of_unused
 from transforms.settle import SettleImages, SettleSamples
 from transforms.stored import KeepPacks, ReadStored
@@ -65,7 +68,7 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
     meets_rule, filtered = embedded | "FilterImages" >> FilterImages(filter_rule(options))
     wanted, contaminated, benchmarks = _decontaminate(meets_rule, job, model)
     images, same_bytes = wanted | "CollapseSameBytes" >> CollapseSameBytes()
-    fixed = images.pipeline | "NothingFixed" >> beam.Create([])
+    fixed = _fixed(images.pipeline, job, model)
     verdicts, searched = {"images": images, "fixed": fixed} | "FindNearDuplicates" >> FindNearDuplicates(
         job.search
     )
@@ -151,8 +154,24 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
 
 
 def _embed_references(job: Job, model: Encoder) -> EmbedReferences:
-    reading = Reading(job.reach, model.geometry, model.images_at_once, job.options.decode)
-    return EmbedReferences(job.encoder, job.memory, reading, job.to, job.progress)
+    return EmbedReferences(job.encoder, job.memory, _reading(job, model), job.to, job.progress)
+
+
+def _reading(job: Job, model: Encoder) -> Reading:
+    return Reading(job.reach, model.geometry, model.images_at_once, job.options.decode)
+
+
+def _fixed(pipeline: beam.Pipeline, job: Job, model: Encoder) -> beam.PCollection:
+    """The images that the snapshots of --against keep, from a ledger where one knows them, else read from their packs."""
+    if not job.against:
+        return pipeline | "NothingFixed" >> beam.Create([])
+    reading = _reading(job, model)
+    nothing = pipeline | "NoneUnseen" >> beam.Create([])
+    kept = Known(pipeline | "ReadKept" >> ReadKept(job.against), nothing)
+    recalled = kept | "RecallKept" >> RecallImages(job.memory, job.reach, job.to)
+    fresh = recalled.unknown | "EmbedKept" >> EmbedImages(job.encoder, job.memory.encoder, reading, job.to)
+    refused = (recalled.dead, fresh.dead) | "DeadKept" >> beam.Flatten() | "Refuse" >> beam.FlatMap(refuse)
+    return (recalled.images, fresh.main, refused) | "FixedImages" >> beam.Flatten()
 
 
 def _decontaminate(images: beam.PCollection, job: Job, model: Encoder) -> Decontaminated:
@@ -169,7 +188,10 @@ def _decontaminate(images: beam.PCollection, job: Job, model: Encoder) -> Decont
     )
     options = job.options
     rule = ContaminationRule(
-        options.decontaminate_mode == "copies", options.cosine, options.phash_bits, options.structure
+        options.decontaminate_mode == "copies",
+        options.decontaminate_cosine,
+        options.phash_bits,
+        options.structure,
     )
     names = sorted({source.name for source in job.benchmarks})
     return {
@@ -223,7 +245,10 @@ def curate(
     known, new = counters.get("decode/recalled", 0), counters.get("decode/decoded", 0)
     if known:
         console.print(f"{known} images known from the ledger, {new} embedded now", highlight=False)
-    return open_snapshot(job.to.out)
+    snapshot = open_snapshot(job.to.out)
+    for line in json.loads(storage.read("metrics.json"))["searched"]:
+        console.print(f"near duplicates: {line}", highlight=False, soft_wrap=True)
+    return snapshot
 
 
 def main(argv: Sequence[str] | None = None) -> int:

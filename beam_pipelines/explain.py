@@ -200,7 +200,7 @@ def _title(row: Row) -> str:
 
 
 def _is_near(row: Row) -> bool:
-    return row["code"] in ("near_cosine", "near_phash")
+    return row["code"] in ("near_cosine", "near_phash", "against_cosine", "against_phash")
 
 
 def _keeper_of(row: Row, titles: Mapping[str, str]) -> str:

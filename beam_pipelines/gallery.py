@@ -73,13 +73,13 @@ def gather_gallery(snapshot: Snapshot, pictures: Pictures) -> Gallery:
         row for row in fate_rows(snapshot.manifest) if (row.unit, row.fate) == ("image", "duplicate")
     ]
     same_bytes = sum(row.items for row in duplicates if row.code == "same_bytes")
-    near = sum(row.items for row in duplicates) - same_bytes
+    near = sum(row.items for row in duplicates if row.code.startswith("near_"))
     return Gallery(groups, sum(len(group.losers) for group in groups), near, same_bytes)
 
 
 def _is_near(table: pa.Table) -> pa.ChunkedArray:
     duplicate_image = pc.and_(pc.equal(table["unit"], "image"), pc.equal(table["fate"], "duplicate"))
-    return pc.and_(duplicate_image, pc.not_equal(table["code"], "same_bytes"))
+    return pc.and_(duplicate_image, pc.starts_with(table["code"], "near_"))
 
 
 def _rows_of_groups(snapshot: Snapshot, keepers: pa.Array) -> dict[str, _Rows]:

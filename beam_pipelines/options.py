@@ -20,6 +20,7 @@ def option(default: Any, description: str, *, affects_bytes: bool, group: str, *
     return Field(default, description=description, json_schema_extra=extra, **constraints)
 
 
+DedupMode = Literal["copies", "similar", "exact"]
 SourceFormat = Literal["auto", "files", "webdataset", "parquet", "llava", "tfrecord", "urls"]
 
 
@@ -41,6 +42,12 @@ class SourceOptions(BaseModel):
     weight: float = Field(default=1.0, ge=0, description="How much its samples count in a mixture.")
     license: str = Field(default="", description="License of its records.")
     language: str = Field(default="", description="Language of its records.")
+    dedup_mode: DedupMode | None = Field(default=None, description="As `--dedup-mode`, for its images.")
+    cosine: float | None = Field(default=None, ge=-1, le=1, description="As `--cosine`, for its images.")
+    phash_bits: int | None = Field(
+        default=None, ge=0, le=64, description="As `--phash-bits`, for its images."
+    )
+    structure: float | None = Field(default=None, ge=0, le=1, description="As `--structure`, for its images.")
 
 
 class CurateOptions(BaseModel):
@@ -57,7 +64,7 @@ class CurateOptions(BaseModel):
     )
     sources: list[SourceOptions] = option(
         [],
-        "In the YAML only: inputs with a format, columns, priority, weight, license and language each. See docs/sources.md.",
+        "In the YAML only: inputs with a format, columns, priority, weight, license, language and thresholds each. See docs/sources.md.",
         affects_bytes=False,
         group="Input and output",
     )
@@ -292,14 +299,14 @@ class CurateOptions(BaseModel):
     )
     max_tags: int = option(5, "Tags per image at most.", affects_bytes=True, group="Encoder and tags", ge=0)
 
-    dedup_mode: Literal["copies", "similar", "exact"] = option(
+    dedup_mode: DedupMode = option(
         "copies",
         "copies: verified near duplicates. similar: by embedding alone. exact: equal bytes alone.",
         affects_bytes=True,
         group="Near duplicates",
     )
     cosine: float = option(
-        0.85,
+        0.95,
         "Cosine similarity that makes a candidate pair.",
         affects_bytes=True,
         group="Near duplicates",
@@ -336,6 +343,12 @@ class CurateOptions(BaseModel):
         gt=0,
         le=1,
     )
+    against: list[str] = option(
+        [],
+        "OUT or OUT@ID: images that this snapshot keeps come before all of the input; what is a duplicate of one is not kept. Repeatable.",
+        affects_bytes=False,
+        group="Near duplicates",
+    )
     on_duplicate: Literal["merge", "drop"] = option(
         "merge",
         "Samples of a near duplicate: merge moves them to a keeper of the same decoded pixels, drop lets them go with it.",
@@ -351,9 +364,17 @@ class CurateOptions(BaseModel):
     )
     decontaminate_mode: Literal["candidates", "copies"] = option(
         "candidates",
-        "candidates: within --cosine or --phash-bits of a benchmark's image. copies: verified too, by --structure, or the same bytes.",
+        "candidates: within --decontaminate-cosine or --phash-bits of a benchmark's image. copies: verified too, by --structure, or the same bytes.",
         affects_bytes=True,
         group="Decontamination",
+    )
+    decontaminate_cosine: float = option(
+        0.85,
+        "Cosine similarity to a benchmark's image that removes an image.",
+        affects_bytes=True,
+        group="Decontamination",
+        ge=-1,
+        le=1,
     )
 
     vlm_base_url: str = option(

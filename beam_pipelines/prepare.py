@@ -21,6 +21,8 @@ from beam_pipelines.sources import (
     find_benchmarks,
     find_sources,
     image_origins,
+    name_of,
+    wanted_sources,
 )
 from beam_pipelines.wording import plural
 from embeddings.contamination import MAX_IMAGES
@@ -33,12 +35,13 @@ from images.sources.source import Source
 from images.web import WebOptions
 from shards.errors import BadRequest
 from shards.ledger import CellsRow, ImageRow, Ledger, RefRow, SearchRow, url_epoch
-from shards.snapshot import Destination, StoredPack, open_by_id, read_current
+from shards.snapshot import Destination, StoredPack, open_by_id, open_snapshot, read_current, split_at
 from shards.spool import FOLDER, spooled_uris
 from shards.storage import Storage, rooted, storage_of
 from synthesis.client import ChatClient, probe
 from synthesis.planner import LookupPlanner
 from synthesis.prompts import load_prompt_pair
+from transforms.against import KeptPack
 from transforms.commit import RunFacts
 from transforms.deduplicate import Search
 from transforms.filter import FilterRule, parse_expressions
@@ -70,6 +73,7 @@ class Job(NamedTuple):
     search: Search
     reach: Reach
     stored: Sequence[StoredPack]
+    against: Sequence[KeptPack]
     progress: str
     benchmarks: Sequence[Source]
 
@@ -161,11 +165,16 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
     synthesis = prepare_synthesis(options, reach)
     stored = base.stored_packs() if base else []
     memory = recall_from(to, options, model)
-    search = search_for(to, options, model)
+    search, against = search_for(to, options, model), kept_packs(options.against)
     affecting = options.affecting_bytes() | {
         "encoder_weights": model.weights_sha256,
         "batch_size": model.batch_size,
     }
+    _, own_rules = duplicate_rules(options)
+    if own_rules:
+        affecting["duplicate_rules"] = {name: rule._asdict() for name, rule in own_rules.items()}
+    if against:
+        affecting["against"] = sorted({kept.snapshot_id for kept in against})
     if synthesis is not None:
         affecting["vlm_model"] = synthesis.backend.client.model
     metrics = {
@@ -176,7 +185,19 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
     facts = RunFacts(base_id, affecting, metrics)
     progress = str(to.storage.scratch_path(to.token) / "progress") if is_local(pipeline_options) else ""
     job = Job(
-        options, sources, spec, to, facts, synthesis, memory, search, reach, stored, progress, benchmarks
+        options=options,
+        sources=sources,
+        encoder=spec,
+        to=to,
+        facts=facts,
+        synthesis=synthesis,
+        memory=memory,
+        search=search,
+        reach=reach,
+        stored=stored,
+        against=against,
+        progress=progress,
+        benchmarks=benchmarks,
     )
     return Prepared(job, model, pipeline_options, len(origins), gone, protected)
 
@@ -195,6 +216,7 @@ def reach_of(to: Destination, options: CurateOptions, decoders: int) -> Reach:
         disallowed_tags=() if options.ignore_robots else WebOptions().disallowed_tags,
     )
     spools = [f"{storage_of(rooted(folder)).uri(FOLDER)}/" for folder in (to.out, *options.reuse_from)]
+    spools += [f"{storage_of(rooted(split_at(path)[0])).uri('media')}/" for path in options.against]
     rewrite = Rewrite(options.max_side, options.strip_metadata)
     epoch = url_epoch(to.storage) + options.refetch
     return Reach(web, tuple(spools), epoch, rewrite, limits, decoders)
@@ -208,16 +230,56 @@ def ledgers_of(to: Destination, options: CurateOptions) -> list[Storage]:
         if not any(True for _ in storage.walk("ledger")):
             raise BadRequest(f"--reuse-from {other}: no ledger there; give the --output of an earlier run")
         storages.append(storage)
-    return storages
+    # What another snapshot keeps was embedded in its folder's runs; without that ledger it is embedded again.
+    return storages + [storage_of(rooted(split_at(path)[0])) for path in options.against]
+
+
+def duplicate_rules(options: CurateOptions) -> tuple[DuplicateRule, dict[str, DuplicateRule]]:
+    """The general rule, and by name those of sources that have their own."""
+    general = DuplicateRule(options.dedup_mode, options.cosine, options.phash_bits, options.structure)
+    own = {}
+    for number, wanted in enumerate(wanted_sources(options)):
+        rule = DuplicateRule(
+            wanted.dedup_mode or general.mode,
+            general.cosine if wanted.cosine is None else wanted.cosine,
+            general.phash_bits if wanted.phash_bits is None else wanted.phash_bits,
+            general.structure if wanted.structure is None else wanted.structure,
+        )
+        if rule != general:
+            own[name_of(number, wanted)] = rule
+    return general, own
+
+
+def kept_packs(against: Sequence[str]) -> list[KeptPack]:
+    """The packs of the snapshots of --against. Raises BadRequest."""
+    packs = []
+    for path in against:
+        try:
+            snapshot = open_snapshot(path)
+        except BadRequest as error:
+            raise BadRequest(f"--against {error}") from error
+        stored = snapshot.stored_packs()
+        if len(stored) < len(snapshot.files("media")):
+            raise BadRequest(
+                f"--against {path}: media packs are missing or cut; `shardmill verify {path}` names them"
+            )
+        tombstones = frozenset(snapshot.tombstones())
+        packs += [KeptPack(snapshot.storage.root, snapshot.id, pack, tombstones) for pack in stored]
+    return packs
 
 
 def search_for(to: Destination, options: CurateOptions, model: Encoder) -> Search:
     """How this run finds near duplicates."""
-    rule = DuplicateRule(options.dedup_mode, options.cosine, options.phash_bits, options.structure)
+    general, own = duplicate_rules(options)
+    groups = list(dict.fromkeys(Group(rule.thresholds) for rule in (general, *own.values())))
+    group_of = {name: groups.index(Group(rule.thresholds)) for name, rule in own.items()}
+    if options.against:
+        groups.append(Group(general.thresholds, fixed=True))
     storages = ledgers_of(to, options)
     return Search(
-        [Group(rule.thresholds)],
+        groups,
         to,
+        group_of,
         prefer=options.prefer,
         recall=options.dedup_recall,
         device=options.device,
@@ -247,6 +309,11 @@ def plan_text(prepared: Prepared) -> str:
     less = f"; {gone} of the snapshot in force are not among them" if gone else ""
     beside = passed_over(job.sources)
     note = f"\n{beside}" if beside else ""
+    if job.against:
+        snapshots = sorted({kept.snapshot_id[:12] for kept in job.against})
+        note += (
+            f"\nagainst {plural(len(snapshots), 'snapshot')} {', '.join(snapshots)}, whose images come first"
+        )
     if job.benchmarks:
         sets = ", ".join(f"{name} ({plural(count, 'image')})" for name, count in prepared.protected.items())
         note += f"\ndecontaminated against {sets}, mode {job.options.decontaminate_mode}"

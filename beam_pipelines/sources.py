@@ -33,13 +33,18 @@ _OF_A_RUN = {STAGING, ".lock", ".runs", "ledger", "media", "samples", "snapshots
 """What a run leaves that did not get to its commit."""
 
 
+def name_of(number: int, wanted: SourceOptions) -> str:
+    """What decisions call the source of this number."""
+    return wanted.name or f"input{number}"
+
+
 def _source(flag: str, number: int, wanted: SourceOptions) -> Source:
     """Raises BadRequest for what is missing, unreadable, unknown or holds no record."""
     asked = f"{flag} {wanted.name}={wanted.path}" if wanted.name else f"{flag} {wanted.path}"
     path, folder, source_format = locate(asked, wanted.path, wanted.format)
     source = Source(
         number if wanted.priority is None else wanted.priority,
-        wanted.name or f"input{number}",
+        name_of(number, wanted),
         path,
         source_format,
         folder,
@@ -86,7 +91,7 @@ def _check_records(flag: str, source: Source) -> None:
         )
 
 
-def _wanted(options: CurateOptions) -> list[SourceOptions]:
+def wanted_sources(options: CurateOptions) -> list[SourceOptions]:
     """Every input as an entry of `sources:`: those of --input first."""
     inputs = []
     for text in options.input:
@@ -100,7 +105,7 @@ def _wanted(options: CurateOptions) -> list[SourceOptions]:
 
 def find_sources(options: CurateOptions) -> list[Source]:
     """The sources in order of priority. Raises BadRequest for what is missing, unreadable, unknown, or rooted wrongly."""
-    wanted = _wanted(options)
+    wanted = wanted_sources(options)
     for root in dict.fromkeys(one.image_root for one in wanted if one.image_root):
         check_root(root)
     sources = [_source(INPUT, number, one) for number, one in enumerate(wanted)]

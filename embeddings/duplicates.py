@@ -65,7 +65,7 @@ class DuplicateRule(NamedTuple):
     """When two images are duplicates. `cosine` in [-1, 1], `phash_bits` of 64, `structure` as a fraction of 1,024 bits."""
 
     mode: str = "copies"
-    cosine: float = 0.85
+    cosine: float = 0.95
     phash_bits: int = 8
     structure: float = 0.12
 
