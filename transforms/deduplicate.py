@@ -32,7 +32,7 @@ from embeddings.duplicates import (
 from embeddings.forest import Components, Forest, Members, components, find_forest, places_in
 from shards.ids import digest
 from shards.ledger import CellsRow, Ledger, SearchRow, Segment, read_segment
-from shards.records import EmbeddedImage, Verdict
+from shards.records import EmbeddedImage, Origin, Verdict
 from shards.snapshot import Destination
 from shards.storage import storage_of
 from transforms.fates import DECISIONS, decision
@@ -46,14 +46,22 @@ _REFIT = 4
 """Cells serve until there are so many times more or fewer images than they were fitted for."""
 
 
-def choose_reference(references: Iterable[EmbeddedImage]) -> tuple[EmbeddedImage, list[EmbeddedImage]]:
-    """Of several references to one image_id the first by (source priority, source, name, offset), and the others.
+def choose_reference(references: Iterable[EmbeddedImage]) -> tuple[EmbeddedImage, list[Origin]]:
+    """Of several references to one image_id the first by (source priority, source, name, offset), and the origins of the others.
 
-    Where workers rounded differently, the smallest of their results stands, whichever reference it came by.
+    Where workers rounded differently, the smallest of their results stands, whichever reference it came by. Memory: one image and
+    the origins.
     """
-    first, *others = sorted(references, key=lambda image: image.source_image.origin)
-    result = min((image.numerics, image.embedding, image.scores) for image in (first, *others))
-    return first._replace(numerics=result[0], embedding=result[1], scores=result[2]), others
+    unread = iter(references)
+    first = next(unread)
+    result = first.numerics, first.embedding, first.scores
+    others = []
+    for image in unread:
+        result = min(result, (image.numerics, image.embedding, image.scores))
+        if image.source_image.origin < first.source_image.origin:
+            first, image = image, first
+        others.append(image.source_image.origin)
+    return first._replace(numerics=result[0], embedding=result[1], scores=result[2]), sorted(others)
 
 
 class _ChooseReference(beam.DoFn):
@@ -61,9 +69,8 @@ class _ChooseReference(beam.DoFn):
         image_id, references = keyed
         first, others = choose_reference(references)
         yield first
-        for other in others:
+        for origin in others:
             Metrics.counter(STAGE, "same_bytes").inc()
-            origin = other.source_image.origin
             yield TaggedOutput(
                 DECISIONS,
                 decision("image", "duplicate", image_id, STAGE, "same_bytes", origin, other_id=image_id),

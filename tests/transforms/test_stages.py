@@ -169,7 +169,7 @@ def test_one_reference_stands_for_equal_bytes() -> None:
     references = [embedded("b", "x", 1), embedded("z", "x", 0), embedded("c", "x", 0)]
     first, others = choose_reference(references)
     assert first.source_image.origin.name == "c"
-    assert [o.source_image.origin.name for o in others] == ["z", "b"]
+    assert [origin.name for origin in others] == ["z", "b"]
     with beam.Pipeline(runner="FnApiRunner") as pipeline:
         images, decisions = pipeline | beam.Create([*references, embedded("o", "y")]) | CollapseSameBytes()
         assert_that(images | beam.Map(lambda i: i.source_image.origin.name), equal_to(["c", "o"]), "images")
