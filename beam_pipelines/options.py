@@ -329,6 +329,12 @@ class CurateOptions(BaseModel):
         ge=0,
         le=1,
     )
+    any_orientation: bool = option(
+        False,
+        "Mirrored and quarter-turned copies are copies too: hashes are compared in the nearest of eight orientations.",
+        affects_bytes=True,
+        group="Near duplicates",
+    )
     prefer: Literal["pixels", "bytes", "sharpness"] = option(
         "pixels",
         "Which of two duplicates of one source is kept: that of more pixels, of more bytes, or the sharper one.",

@@ -286,6 +286,7 @@ def search_for(to: Destination, options: CurateOptions, model: Encoder) -> Searc
         encoder=model.fingerprint,
         cells=[segment for storage in storages for segment in Ledger(storage, CellsRow).segments()],
         searches=[segment for storage in storages for segment in Ledger(storage, SearchRow).segments()],
+        any_orientation=options.any_orientation,
     )
 
 

@@ -39,7 +39,7 @@ from benchmarks.originals import (
     keep,
     look_alikes,
 )
-from embeddings.duplicates import DuplicateRule, Signatures
+from embeddings.duplicates import DuplicateRule, Signatures, orientations
 
 MOST_BITS = 24
 """More differing bits of 64 than this say no more against a pair: crops and turned images differ by as many as unlike ones."""
@@ -62,27 +62,9 @@ class Signals(NamedTuple):
     one_cluster: np.ndarray
 
 
-def either_way(hashes: np.ndarray, side: int) -> list[np.ndarray]:
-    """About the pHashes of the eight mirrored and turned images, as the given ones of side x side bits, read off these alone.
-
-    Bits say which coefficients of a cosine transform exceed their median, which is near zero: mirrored, the odd ones change their
-    sign; transposed, they change places.
-    """
-    bits = np.unpackbits(hashes.view(np.uint8).reshape(len(hashes), -1), axis=1).reshape(-1, side, side)
-    odd = np.arange(side, dtype=np.uint8) % 2
-    return [
-        np.packbits((way ^ (odd[:, None] * down) ^ (odd * across)).reshape(len(hashes), -1), axis=1)
-        .view(hashes.dtype)
-        .reshape(hashes.shape)
-        for way in (bits, bits.transpose(0, 2, 1))
-        for down in (0, 1)
-        for across in (0, 1)
-    ]
-
-
 def signals(ours: Known, theirs: Known) -> Signals:
     mine, others = ours.facts.signatures, theirs.facts.signatures
-    turned = zip(either_way(others.phashes, 8), either_way(others.structures, 32), strict=True)
+    turned = zip(orientations(others.phashes), orientations(others.structures), strict=True)
     ways = [compared(mine, Signatures(others.vectors, *hashes)) for hashes in turned]
     return Signals(
         ways[0],

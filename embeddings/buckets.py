@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embeddings.cells import Cells, Router, bands
-from embeddings.duplicates import Pairing, Print, Prints, Thresholds, kept, walk
+from embeddings.duplicates import Pairing, Print, Prints, kept, orientations, walk
 from embeddings.forest import Members, Signal, components, find_forest, places_in
 from shards.ids import digest
 from shards.records import Verdict
@@ -30,22 +30,29 @@ class Task(NamedTuple):
 
 
 class _Visits(NamedTuple):
-    """Rows and the places of the tasks they take part in, (V, 3), with `home` and `side` as in `Members`."""
+    """Rows and the places of the tasks they take part in, (V, 3), with `home`, `side` and `phashes` as in `Members`."""
 
     rows: npt.NDArray[np.intp]
     places: npt.NDArray[np.int64]
     home: npt.NDArray[np.bool_]
     side: npt.NDArray[np.bool_]
+    phashes: npt.NDArray[np.uint64]
 
 
 class Buckets:
-    """The buckets of these cells, and of bands, in which pairs meet that reach the thresholds."""
+    """The buckets of these cells, and of bands, in which pairs meet that reach the thresholds.
 
-    def __init__(self, cells: Cells, loosest: Thresholds) -> None:
+    Where any orientation counts, the hashes of an image's other seven are guests in their bands.
+    """
+
+    def __init__(self, cells: Cells, pairing: Pairing) -> None:
         self.cells = cells
-        self._loosest = loosest
+        self._loosest = loosest = pairing.loosest
+        self._any_orientation = pairing.any_orientation
         self._router = Router(cells, loosest.cosine)
-        self._space = digest([cells.name.hex(), loosest.cosine, cells.max_guests]).hex()
+        self._space = digest(
+            [cells.name.hex(), loosest.cosine, cells.max_guests, pairing.any_orientation]
+        ).hex()
 
     def split(self, prints: Prints) -> Iterator[tuple[Task, Members]]:
         """Some images -> those of them that take part in a task, for each; bands without vectors."""
@@ -55,8 +62,9 @@ class Buckets:
                 "cosine", self._space, self._visit_cells(prints), prints, prints.signatures.vectors
             )
         if self._loosest.phash_bits >= 0:
-            visits = _visit_bands(prints, self._loosest.phash_bits)
-            yield from _by_task("phash", f"{self._loosest.phash_bits} bits", visits, prints, no_vectors)
+            visits = _visit_bands(prints, self._loosest.phash_bits, self._any_orientation)
+            space = f"{self._loosest.phash_bits} bits{', any orientation' * self._any_orientation}"
+            yield from _by_task("phash", space, visits, prints, no_vectors)
 
     def _visit_cells(self, prints: Prints) -> _Visits:
         """Each part of a cell meets each other part in a task of their own."""
@@ -68,16 +76,22 @@ class Buckets:
         other = np.arange(len(visit)) - np.repeat(np.cumsum(parts) - parts, parts)
         low, high = np.minimum(part[visit], other), np.maximum(part[visit], other)
         places = np.stack([cells[visit], low, high], axis=1)
-        return _Visits(rows[visit], places, home[visit], part[visit] != low)
+        rows = rows[visit]
+        return _Visits(rows, places, home[visit], part[visit] != low, prints.signatures.phashes[rows])
 
 
-def _visit_bands(prints: Prints, max_bits: int) -> _Visits:
-    values = bands(prints.signatures.phashes, max_bits).astype(np.int64)
-    count, num_bands = values.shape
-    places = np.zeros((count, num_bands, 3), np.int64)
+def _visit_bands(prints: Prints, max_bits: int, any_orientation: bool) -> _Visits:
+    own = prints.signatures.phashes
+    ways = orientations(own) if any_orientation else own[None]
+    hashes = ways.reshape(-1)
+    values = bands(hashes, max_bits).astype(np.int64)
+    num_bands = values.shape[1]
+    places = np.zeros((len(hashes), num_bands, 3), np.int64)
     places[:, :, 0], places[:, :, 1] = np.arange(num_bands), values
-    ones = np.ones(count * num_bands, bool)
-    return _Visits(np.repeat(np.arange(count), num_bands), places.reshape(-1, 3), ones, ~ones)
+    rows = np.tile(np.arange(len(own)), len(ways))
+    home = np.repeat(np.arange(len(ways)) == 0, len(own))
+    rows, home, hashes = (np.repeat(column, num_bands) for column in (rows, home, hashes))
+    return _Visits(rows, places.reshape(-1, 3), home, np.zeros(len(rows), bool), hashes)
 
 
 def _by_task(
@@ -96,7 +110,7 @@ def _by_task(
             visits.home[some],
             visits.side[some].astype(np.int64),
             vectors[rows],
-            prints.signatures.phashes[rows],
+            visits.phashes[some],
             prints.signatures.structures[rows],
         )
         yield Task(signal, space, (cell, low, high)), members
@@ -117,7 +131,7 @@ def find_near_duplicates(
         return Searched([], 0)
     columns = Prints.of(prints)
     edges, num_compared = [], 0
-    for task, members in Buckets(cells, pairing.loosest).split(columns):
+    for task, members in Buckets(cells, pairing).split(columns):
         forest, compared = find_forest(members, task.signal, pairing, device=device)
         edges.append(forest.edges)
         num_compared += compared

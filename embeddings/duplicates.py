@@ -6,7 +6,8 @@ look-alikes never joins two images that are unlike.
 
 A pair is a **candidate** if its 64-bit pHashes differ in at most `phash_bits` or its score reaches `cosine`. In mode `copies` a
 candidate counts once **verified**: the 1,024-bit hashes differ in at most the fraction `structure`. Mode `similar` takes the
-score alone; mode `exact` only equal bytes, so nothing here. A pair of two sources takes the stricter of each threshold. The score is
+score alone; mode `exact` only equal bytes, so nothing here. Where any orientation counts, both hashes are compared in the nearest of
+the eight ways to mirror and turn an image. A pair of two sources takes the stricter of each threshold. The score is
 the float64 dot product of the stored float16 vectors: products have 22 significant bits and the sum of 1,280 of them stays within 53,
 so it is exact in any order of summation.
 """
@@ -89,9 +90,13 @@ class Group(NamedTuple):
 
 
 class Pairing:
-    """The thresholds of pairs, by the groups of both: float64 `cosine`, int64 `phash_bits` and `structure_bits`, each (groups, groups)."""
+    """The thresholds of pairs, by the groups of both: float64 `cosine`, int64 `phash_bits` and `structure_bits`, each (groups, groups).
 
-    def __init__(self, groups: Sequence[Group]) -> None:
+    `any_orientation`: hashes are compared in the nearest of the eight ways to mirror and turn an image.
+    """
+
+    def __init__(self, groups: Sequence[Group], any_orientation: bool = False) -> None:
+        self.any_orientation = any_orientation
         table = [
             [NEVER if a.fixed and b.fixed else a.thresholds.stricter(b.thresholds) for b in groups]
             for a in groups
@@ -141,6 +146,39 @@ def differing_bits(ours: npt.NDArray[np.uint64], theirs: npt.NDArray[np.uint64])
     return found
 
 
+def orientations(hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """(N,) or (N, 16) -> (8, N) or (8, N, 16): the pHashes of the image mirrored and turned, itself first, as far as its own tells.
+
+    A bit says whether a coefficient of the cosine transform exceeds the median, which is near zero. In a mirror image the odd ones
+    change their sign; transposed, they change places. The eight maps are a group and keep distances, so that comparing all of one
+    image's hashes with another's single one is symmetric.
+    """
+    side = 8 if hashes.ndim == 1 else 32
+    octets = np.ascontiguousarray(hashes).view(np.uint8).reshape(len(hashes), -1)
+    bits = np.unpackbits(octets, axis=1).reshape(-1, side, side)
+    odd = np.arange(side, dtype=np.uint8) % 2
+    ways = [
+        np.packbits((way ^ (odd[:, None] * down) ^ (odd * across)).reshape(len(hashes), -1), axis=1)
+        for way in (bits, bits.transpose(0, 2, 1))
+        for down in (0, 1)
+        for across in (0, 1)
+    ]
+    return np.stack(ways).view(np.uint64).reshape(8, *hashes.shape)
+
+
+def nearest_bits(
+    ours: npt.NDArray[np.uint64], theirs: npt.NDArray[np.uint64], any_orientation: bool
+) -> npt.NDArray[np.int32]:
+    """`differing_bits`, of the nearest orientation where any counts."""
+    if not any_orientation:
+        return differing_bits(ours, theirs)
+    ways = orientations(ours)
+    found = differing_bits(ways[0], theirs)
+    for way in ways[1:]:
+        np.minimum(found, differing_bits(way, theirs), out=found)
+    return found
+
+
 def exact_scores(
     vectors: npt.NDArray[np.float16], ours: npt.NDArray[np.intp], theirs: npt.NDArray[np.intp]
 ) -> npt.NDArray[np.float64]:
@@ -154,7 +192,9 @@ def exact_scores(
     return scores
 
 
-def propose(ours: Signatures, theirs: Signatures, loosest: Thresholds) -> npt.NDArray[np.bool_]:
+def propose(
+    ours: Signatures, theirs: Signatures, loosest: Thresholds, any_orientation: bool = False
+) -> npt.NDArray[np.bool_]:
     """bool (ours, theirs): pairs that may be candidates; never misses one."""
     if loosest.cosine > 1:
         proposed = np.zeros((len(ours.phashes), len(theirs.phashes)), bool)
@@ -162,7 +202,7 @@ def propose(ours: Signatures, theirs: Signatures, loosest: Thresholds) -> npt.ND
         scores = ours.vectors.astype(np.float32) @ theirs.vectors.astype(np.float32).T
         proposed = scores >= loosest.cosine - PROPOSAL_MARGIN
     if loosest.phash_bits >= 0:
-        proposed |= differing_bits(ours.phashes, theirs.phashes) <= loosest.phash_bits
+        proposed |= nearest_bits(ours.phashes, theirs.phashes, any_orientation) <= loosest.phash_bits
     return np.asarray(proposed)
 
 
@@ -181,12 +221,17 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    one: Signatures, others: Signatures, cosine: Any, phash_bits: Any, structure_bits: Any
+    one: Signatures,
+    others: Signatures,
+    cosine: Any,
+    phash_bits: Any,
+    structure_bits: Any,
+    any_orientation: bool = False,
 ) -> Comparison:
     """The meaning of candidate and verified. `one` holds a single image; thresholds are numbers, or arrays (M,)."""
     scores = others.vectors.astype(np.float64) @ one.vectors[0].astype(np.float64)
-    bits = differing_bits(one.phashes, others.phashes)[0]
-    distances = differing_bits(one.structures, others.structures)[0]
+    bits = nearest_bits(one.phashes, others.phashes, any_orientation)[0]
+    distances = nearest_bits(one.structures, others.structures, any_orientation)[0]
     by_cosine = scores >= cosine
     candidate = by_cosine | (bits <= phash_bits)
     return Comparison(
@@ -277,7 +322,14 @@ def _verdict(prints: Prints, loser: int, keepers: npt.NDArray[np.intp], pairing:
     own = prints.signatures.at(slice(loser, loser + 1))
     pair = prints.groups[loser], prints.groups[keepers]
     cosine, phash_bits = pairing.cosine[pair], pairing.phash_bits[pair]
-    compared = compare(own, prints.signatures.at(keepers), cosine, phash_bits, pairing.structure_bits[pair])
+    compared = compare(
+        own,
+        prints.signatures.at(keepers),
+        cosine,
+        phash_bits,
+        pairing.structure_bits[pair],
+        pairing.any_orientation,
+    )
     if not compared.verified.any():
         return None
     best = int(
@@ -319,7 +371,12 @@ def walk(prints: Iterable[Print], pairing: Pairing) -> list[Verdict]:
     for start in range(0, len(free), _BLOCK):
         block = free[start : start + _BLOCK]
         others = np.array([*kept_rows, *block], dtype=np.intp)
-        proposed = propose(columns.signatures.at(block), columns.signatures.at(others), pairing.loosest)
+        proposed = propose(
+            columns.signatures.at(block),
+            columns.signatures.at(others),
+            pairing.loosest,
+            pairing.any_orientation,
+        )
         is_kept = np.zeros(len(others), bool)
         is_kept[: len(kept_rows)] = True
         for place, index in enumerate(block):

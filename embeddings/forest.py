@@ -24,6 +24,8 @@ from embeddings.duplicates import (
     Pairing,
     differing_bits,
     exact_scores,
+    nearest_bits,
+    orientations,
 )
 
 Signal = Literal["cosine", "phash"]
@@ -40,7 +42,7 @@ class Members(NamedTuple):
     """N members of a bucket, in any order. `ids` V16 (N,) of their prints; `groups` int64 (N,); `home` bool (N,); `side` int64 (N,).
 
     Where any is of side 1, only those of different sides are compared: the others meet elsewhere.
-    `vectors` float16 (N, D), (N, 0) in a band; `phashes` uint64 (N,); `structures` uint64 (N, 16).
+    `vectors` float16 (N, D), (N, 0) in a band; `phashes` uint64 (N,), of guests in a band those of another orientation; `structures` uint64 (N, 16).
     """
 
     ids: npt.NDArray[np.void]
@@ -159,11 +161,18 @@ class _Search:
         if limits.min() >= STRUCTURE_BITS or not len(proposed.hits):
             return proposed
         if len(proposed.hits) * _DENSE > len(rows) * len(columns):
-            distances = differing_bits(structures[rows], structures[columns]).reshape(-1)[proposed.hits]
+            nearest = nearest_bits(structures[rows], structures[columns], self._pairing.any_orientation)
+            distances = nearest.reshape(-1)[proposed.hits]
         else:
             row, column = np.divmod(proposed.hits, len(columns))
-            differing = structures[rows[row]] ^ structures[columns[column]]
-            distances = np.bitwise_count(differing).sum(axis=1, dtype=np.int32)
+            ways = structures[rows][None]
+            if self._pairing.any_orientation:
+                ways = orientations(structures[rows])
+            theirs = structures[columns[column]]
+            distances = np.full(len(row), STRUCTURE_BITS, np.int32)
+            for way in ways:
+                differing = np.bitwise_count(way[row] ^ theirs).sum(axis=1, dtype=np.int32)
+                np.minimum(distances, differing, out=distances)
         near = distances <= self._pairing.loosest.structure_bits
         hits, distances = proposed.hits[near], distances[near]
         row, column = np.divmod(hits, len(columns))

@@ -116,6 +116,11 @@ class Search(NamedTuple):
     encoder: str = ""
     cells: Sequence[Segment] = ()
     searches: Sequence[Segment] = ()
+    any_orientation: bool = False
+
+    @property
+    def pairing(self) -> Pairing:
+        return Pairing(self.groups, self.any_orientation)
 
 
 class Part(NamedTuple):
@@ -180,7 +185,7 @@ class _PlanCells(beam.DoFn):
         if fitted:
             row = min(fitted)
             frozen = np.frombuffer(row.centroids, "<f4").reshape(row.num_cells, -1)
-        plan = plan_cells(vectors, count, Pairing(search.groups).loosest, search.recall, frozen)
+        plan = plan_cells(vectors, count, search.pairing.loosest, search.recall, frozen)
         centroids = plan.cells.centroids
         if frozen is None and len(centroids) > 1:
             row = CellsRow(key, count, len(centroids), centroids.astype("<f4").tobytes())
@@ -195,12 +200,12 @@ class _Route(beam.DoFn):
         self._search = search
 
     def setup(self) -> None:
-        self._loosest = Pairing(self._search.groups).loosest
+        self._pairing = self._search.pairing
         self._buckets: Buckets | None = None
 
     def process(self, prints: Sequence[Print], plan: Plan) -> Iterator[tuple[bytes, Part]]:
         if self._buckets is None or self._buckets.cells.name != plan.cells.name:
-            self._buckets = Buckets(plan.cells, self._loosest)
+            self._buckets = Buckets(plan.cells, self._pairing)
         columns = Prints.of(prints)
         for task, members in self._buckets.split(columns):
             part = Part(
@@ -221,7 +226,7 @@ class _SearchBucket(beam.DoFn):
         self._search = search
 
     def setup(self) -> None:
-        self._pairing = Pairing(self._search.groups)
+        self._pairing = self._search.pairing
         self._writer = Ledger(self._search.to.storage, SearchRow).writer(self._search.to.token)
 
     def process(self, joined: tuple[bytes, Mapping[str, Iterable[Any]]]) -> Iterator[bytes]:
@@ -272,7 +277,7 @@ class _Walk(beam.DoFn):
         self._search = search
 
     def process(self, keyed: tuple[bytes, Iterable[Print]]) -> Iterator[Verdict]:
-        for verdict in walk(keyed[1], Pairing(self._search.groups)):
+        for verdict in walk(keyed[1], self._search.pairing):
             Metrics.counter(STAGE, verdict.code).inc()
             yield verdict
 
@@ -319,7 +324,7 @@ class FindNearDuplicates(beam.PTransform):
             to_search | "Prints" >> beam.ParDo(_MakePrints(search, False)).with_output_types(Print),
             fixed,
         ) | "AllPrints" >> beam.Flatten()
-        if Pairing(search.groups).loosest == NEVER:
+        if search.pairing.loosest == NEVER:
             verdicts = to_search | "KeepAll" >> beam.Map(lambda e: kept(e.image_id)).with_output_types(
                 Verdict
             )

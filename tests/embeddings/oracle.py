@@ -1,5 +1,6 @@
 """The meaning of near duplicates as a plain double loop, and sets of prints to try it on."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,9 +34,32 @@ def bits(a: bytes, b: bytes) -> int:
     return sum((x ^ y).bit_count() for x, y in zip(a, b, strict=True))
 
 
-def is_duplicate(one: Print, other: Print, thresholds: Thresholds, score: float) -> bool:
-    candidate = score >= thresholds.cosine or bits(one.phash, other.phash) <= thresholds.phash_bits
-    return candidate and bits(one.structure, other.structure) <= thresholds.structure_bits
+def turned(data: bytes, transpose: bool, down: bool, across: bool) -> bytes:
+    """The hash of the image mirrored and turned so: bit by bit."""
+    side = 8 if len(data) == 8 else 32
+    old = [(data[place // 8] >> (7 - place % 8)) & 1 for place in range(side * side)]
+    new = bytearray(len(data))
+    for row in range(side):
+        for column in range(side):
+            bit = old[column * side + row if transpose else row * side + column]
+            bit ^= (down and row % 2) ^ (across and column % 2)
+            place = row * side + column
+            new[place // 8] |= bit << (7 - place % 8)
+    return bytes(new)
+
+
+def nearest(a: bytes, b: bytes, any_way: bool) -> int:
+    ways = itertools.product((False, True), repeat=3) if any_way else [(False, False, False)]
+    return min(bits(turned(a, *way) if any(way) else a, b) for way in ways)
+
+
+def is_duplicate(
+    one: Print, other: Print, thresholds: Thresholds, score: float, any_way: bool = False
+) -> bool:
+    candidate = (
+        score >= thresholds.cosine or nearest(one.phash, other.phash, any_way) <= thresholds.phash_bits
+    )
+    return candidate and nearest(one.structure, other.structure, any_way) <= thresholds.structure_bits
 
 
 def score_of(one: Print, other: Print) -> float:
@@ -43,7 +67,7 @@ def score_of(one: Print, other: Print) -> float:
     return float(np.sum(np.sort(ours * theirs)))  # another order of summation than the walk's
 
 
-def oracle(prints: Sequence[Print], groups: Sequence[Group]) -> dict[bytes, bytes]:
+def oracle(prints: Sequence[Print], groups: Sequence[Group], any_way: bool = False) -> dict[bytes, bytes]:
     """image_id -> keeper_id of every image that is not fixed."""
     kept: list[Print] = []
     keepers = {}
@@ -56,7 +80,7 @@ def oracle(prints: Sequence[Print], groups: Sequence[Group]) -> dict[bytes, byte
         for other in kept:
             thresholds = mine.thresholds.stricter(groups[other.group].thresholds)
             score = score_of(one, other)
-            if is_duplicate(one, other, thresholds, score) and (best is None or score > best[0]):
+            if is_duplicate(one, other, thresholds, score, any_way) and (best is None or score > best[0]):
                 best = score, other.image_id
         if best is None:
             kept.append(one)

@@ -1,14 +1,18 @@
 """That every pair meets: cells and bands against all pairs, and what a plan says."""
 
+from pathlib import Path
+
+import imagehash
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from embeddings.buckets import Buckets, find_near_duplicates
 from embeddings.cells import Cells, Router, bands, brute_force, fit, plan_cells
-from embeddings.duplicates import DuplicateRule, Group, Pairing, Prints, Thresholds
-from tests.embeddings.oracle import clustered, oracle
+from embeddings.duplicates import DuplicateRule, Group, Pairing, Prints, Thresholds, orientations
+from tests.embeddings.oracle import clustered, oracle, turned
 
 GROUPS = [
     Group(DuplicateRule("copies", 0.9).thresholds),
@@ -92,7 +96,8 @@ def test_the_search_is_the_meaning_for_any_cells(
 def test_parts_of_a_cell_meet_once() -> None:
     prints = clustered(2, 120)
     columns = Prints.of(prints)
-    buckets = Buckets(Cells(np.zeros((1, 16), np.float32), np.array([3])), Thresholds(0.9, -1, 122))
+    pairing = Pairing([Group(Thresholds(0.9, -1, 122))])
+    buckets = Buckets(Cells(np.zeros((1, 16), np.float32), np.array([3])), pairing)
     tasks = dict(buckets.split(columns))
     assert sorted(task.place for task in tasks) == [(0, a, b) for a in range(3) for b in range(a, 3)]
     pairs = sum(
@@ -132,3 +137,34 @@ def test_hashes_of_centroids_name_cells() -> None:
     centroids = np.eye(3, dtype=np.float32)
     assert Cells(centroids, np.ones(3, int)).name == Cells(centroids.copy(), np.full(3, 2)).name
     assert Cells(centroids * 2, np.ones(3, int)).name != Cells(centroids, np.ones(3, int)).name
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 20))
+def test_the_search_finds_every_orientation(seed: int, count: int) -> None:
+    rng = np.random.default_rng(seed)
+    prints = []
+    for one in clustered(seed, count, GROUPS, centres=3):
+        way = rng.integers(0, 2, 3).astype(bool).tolist()
+        prints.append(one._replace(phash=turned(one.phash, *way), structure=turned(one.structure, *way)))
+    expected = oracle(prints, GROUPS, any_way=True)
+    for cells in (brute_force(count), some_cells(Prints.of(prints).signatures.vectors, 2)):
+        found = find_near_duplicates(prints, Pairing(GROUPS, any_orientation=True), cells).verdicts
+        assert {v.image_id: v.keeper_id for v in found} == expected
+
+
+def test_orientations_are_those_of_the_picture(corpus: list[Path]) -> None:
+    """Read off the hash of a picture, the hashes of its mirror images and turns are nearly those that are computed."""
+    with Image.open(next(path for path in corpus if path.suffix == ".jpg")) as opened:
+        grey = opened.convert("L")
+    ways = [grey, *(grey.transpose(turn) for turn in Image.Transpose)]
+    for side in (8, 32):
+        hashes = [np.packbits(imagehash.phash(way, hash_size=side).hash).view("<u8") for way in ways]
+        read = orientations(hashes[0] if side == 8 else hashes[0][None]).reshape(8, -1)
+        assert (read[0] == hashes[0]).all()
+        nearest = []
+        for computed in hashes:
+            distances = np.bitwise_count(read ^ computed).sum(axis=1)
+            assert distances.min() <= 0.06 * side * side < np.sort(distances)[1]
+            nearest.append(int(distances.argmin()))
+        assert sorted(nearest) == list(range(8))
