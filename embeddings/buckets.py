@@ -18,11 +18,14 @@ from shards.records import Verdict
 
 
 class Task(NamedTuple):
-    """One search: among members of a cell at this threshold, or of a band of hashes. `place` numbers cell and parts, or band and bits."""
+    """One search: among members of a cell at this threshold, or of a band of hashes.
+
+    `place`: cell, how many parts it has, and the two that are compared; or band and its bits.
+    """
 
     signal: Signal
     space: str
-    place: tuple[int, int, int]
+    place: tuple[int, ...]
 
     @property
     def key(self) -> bytes:
@@ -30,7 +33,7 @@ class Task(NamedTuple):
 
 
 class _Visits(NamedTuple):
-    """Rows and the places of the tasks they take part in, (V, 3), with `home`, `side` and `phashes` as in `Members`."""
+    """Rows and the places of the tasks they take part in, (V, P), with `home`, `side` and `phashes` as in `Members`."""
 
     rows: npt.NDArray[np.intp]
     places: npt.NDArray[np.int64]
@@ -75,7 +78,7 @@ class Buckets:
         visit = np.repeat(np.arange(len(rows)), parts)
         other = np.arange(len(visit)) - np.repeat(np.cumsum(parts) - parts, parts)
         low, high = np.minimum(part[visit], other), np.maximum(part[visit], other)
-        places = np.stack([cells[visit], low, high], axis=1)
+        places = np.stack([cells[visit], parts[visit], low, high], axis=1)
         rows = rows[visit]
         return _Visits(rows, places, home[visit], part[visit] != low, prints.signatures.phashes[rows])
 
@@ -86,12 +89,12 @@ def _visit_bands(prints: Prints, max_bits: int, any_orientation: bool) -> _Visit
     hashes = ways.reshape(-1)
     values = bands(hashes, max_bits).astype(np.int64)
     num_bands = values.shape[1]
-    places = np.zeros((len(hashes), num_bands, 3), np.int64)
+    places = np.empty((len(hashes), num_bands, 2), np.int64)
     places[:, :, 0], places[:, :, 1] = np.arange(num_bands), values
     rows = np.tile(np.arange(len(own)), len(ways))
     home = np.repeat(np.arange(len(ways)) == 0, len(own))
     rows, home, hashes = (np.repeat(column, num_bands) for column in (rows, home, hashes))
-    return _Visits(rows, places.reshape(-1, 3), home, np.zeros(len(rows), bool), hashes)
+    return _Visits(rows, places.reshape(-1, 2), home, np.zeros(len(rows), bool), hashes)
 
 
 def _by_task(
@@ -103,7 +106,6 @@ def _by_task(
     for start, end in zip(first, [*first[1:], len(order)], strict=True):
         some = order[start:end]
         rows = visits.rows[some]
-        cell, low, high = places[start].tolist()
         members = Members(
             prints.print_ids[rows],
             prints.groups[rows],
@@ -113,7 +115,7 @@ def _by_task(
             visits.phashes[some],
             prints.signatures.structures[rows],
         )
-        yield Task(signal, space, (cell, low, high)), members
+        yield Task(signal, space, tuple(places[start].tolist())), members
 
 
 class Searched(NamedTuple):

@@ -99,7 +99,7 @@ def test_parts_of_a_cell_meet_once() -> None:
     pairing = Pairing([Group(Thresholds(0.9, -1, 122))])
     buckets = Buckets(Cells(np.zeros((1, 16), np.float32), np.array([3])), pairing)
     tasks = dict(buckets.split(columns))
-    assert sorted(task.place for task in tasks) == [(0, a, b) for a in range(3) for b in range(a, 3)]
+    assert sorted(task.place for task in tasks) == [(0, 3, a, b) for a in range(3) for b in range(a, 3)]
     pairs = sum(
         (m.side == 0).sum() * (m.side == 1).sum()
         if (m.side == 1).any()
