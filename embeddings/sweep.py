@@ -1,22 +1,27 @@
 """How many images near-duplicate detection would keep at other thresholds: the same walk again, over stored prints.
 
 Duplicates at strict thresholds are duplicates at loose ones. So what chains of duplicates join is searched once, at the loosest of all
-thresholds, and only that is walked at each setting. From loose to strict, what holds no duplicate any more is not looked at again.
+thresholds, and only that is walked, and again at another setting only where other pairs are duplicates than at the one before.
 """
 
 import heapq
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from embeddings.buckets import join_duplicates
 from embeddings.cells import MAX_SAMPLE, plan_cells
-from embeddings.duplicates import Group, Pairing, Print, Prints, walk
+from embeddings.duplicates import Group, Pairing, Print, Prints, differing_bits, walk
 from embeddings.forest import sorting
 from shards.records import Verdict
 
 MAX_CHANGES = 12
 """Images that are shown of those whose fate changes between two settings."""
+_LISTED = 256
+"""Images of a component whose pairs are listed at most; a larger one is walked at every setting."""
 Setting: TypeAlias = Sequence[Group]
 """The thresholds of every group: see `embeddings.duplicates.Print.group`."""
 
@@ -71,13 +76,61 @@ def sweep(
     """
     settings = [setting for curve in curves for setting in curve]
     joined = _components(prints, _loosest(settings)) if prints and settings else []
+    pairs = _list_pairs(joined, Pairing(_loosest(settings))) if joined else None
     fixed = [group.fixed for group in settings[0]] if settings else []
     judged = Counter(source_of[one.image_id] for one in prints if not fixed[one.group])
-    return [_curve(joined, judged, source_of, curve, advance) for curve in curves]
+    return [_curve(joined, pairs, judged, source_of, curve, advance) for curve in curves]
+
+
+class _Pairs(NamedTuple):
+    """P pairs of images of one component each: its number, both groups, score, differing bits of 64 and of 1,024, each (P,)."""
+
+    component: npt.NDArray[np.intp]
+    groups: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+    scores: npt.NDArray[np.float64]
+    bits: npt.NDArray[np.int32]
+    distances: npt.NDArray[np.int32]
+
+    def are_duplicates(self, pairing: Pairing) -> npt.NDArray[np.bool_]:
+        by_cosine = self.scores >= pairing.cosine[self.groups]
+        candidate = by_cosine | (self.bits <= pairing.phash_bits[self.groups])
+        return np.asarray(candidate & (self.distances <= pairing.structure_bits[self.groups]))
+
+
+def _list_pairs(joined: Sequence[Sequence[Print]], loosest: Pairing) -> _Pairs:
+    """The duplicates at the loosest thresholds in all components but the large ones."""
+    columns: list[list[npt.NDArray[Any]]] = []
+    for number, component in enumerate(joined):
+        if len(component) > _LISTED:
+            continue
+        prints = Prints.of(component)
+        row, column = np.triu_indices(len(component), 1)
+        wide = prints.signatures.vectors.astype(np.float64)
+        pairs = _Pairs(
+            np.full(len(row), number),
+            (prints.groups[row], prints.groups[column]),
+            (wide @ wide.T)[row, column],  # exact in any order: see embeddings.duplicates
+            differing_bits(prints.signatures.phashes, prints.signatures.phashes)[row, column],
+            differing_bits(prints.signatures.structures, prints.signatures.structures)[row, column],
+        )
+        found = pairs.are_duplicates(loosest)
+        flat = (pairs.component, *pairs.groups, *pairs[2:])
+        columns.append([values[found] for values in flat])
+    if not columns:
+        none = np.zeros(0, np.int64)
+        return _Pairs(none, (none, none), none.astype(float), none.astype(np.int32), none.astype(np.int32))
+    component_of, ours, theirs, scores, bits, distances = map(np.concatenate, zip(*columns, strict=True))
+    return _Pairs(component_of, (ours, theirs), scores, bits, distances)
+
+
+def _losers(component: Sequence[Print], setting: Setting) -> dict[bytes, Verdict]:
+    verdicts = walk(component, Pairing(setting))
+    return {verdict.image_id: verdict for verdict in verdicts if verdict.code != "kept"}
 
 
 def _curve(
     joined: Sequence[Sequence[Print]],
+    pairs: _Pairs | None,
     judged: Counter[str],
     source_of: Mapping[bytes, str],
     settings: Sequence[Setting],
@@ -86,28 +139,39 @@ def _curve(
     kept: list[Mapping[str, int]] = []
     changed: list[int] = []
     changes: list[Sequence[Change]] = []
-    looser: dict[bytes, Verdict] = {}
-    for number, setting in enumerate(settings):
-        pairing = Pairing(setting)
-        lost: dict[bytes, Verdict] = {}
-        with_losers = []
-        for component in joined:
-            found = [verdict for verdict in walk(component, pairing) if verdict.code != "kept"]
-            if found:
-                with_losers.append(component)
-                lost |= {verdict.image_id: verdict for verdict in found}
-        joined = with_losers
-        losers = Counter(source_of[image_id] for image_id in lost)
-        kept.append({source: count - losers[source] for source, count in judged.items()})
-        if number:
-            differing = looser.keys() ^ lost.keys()
+    lost: list[dict[bytes, Verdict]] = [{} for _ in joined]
+    counts = Counter(judged)
+    large = {number for number, component in enumerate(joined) if len(component) > _LISTED}
+    before: npt.NDArray[np.bool_] | None = None
+    for place, setting in enumerate(settings):
+        duplicates = pairs.are_duplicates(Pairing(setting)) if pairs else np.zeros(0, bool)
+        to_walk = set(range(len(joined)))
+        if pairs and before is not None:
+            to_walk = large | set(np.unique(pairs.component[duplicates != before]).tolist())
+        before = duplicates
+        differing: dict[bytes, int] = {}
+        for number in to_walk:
+            found = _losers(joined[number], setting)
+            for image_id in lost[number].keys() ^ found.keys():
+                differing[image_id] = number
+                counts[source_of[image_id]] += 1 if image_id in lost[number] else -1
+            lost[number] = found
+        kept.append({source: counts[source] for source in judged})
+        if place:
             changed.append(len(differing))
             changes.append(
                 [
-                    Change(looser.get(image_id) or lost[image_id], image_id in looser)
+                    _change(image_id, joined[differing[image_id]], settings[place - 1], setting)
                     for image_id in heapq.nsmallest(MAX_CHANGES, differing)
                 ]
             )
-        looser = lost
         advance()
     return Curve(kept, changed, changes)
+
+
+def _change(image_id: bytes, component: Sequence[Print], looser: Setting, stricter: Setting) -> Change:
+    """Walked once more: what was remembered may be the verdict of a setting before the last, with its thresholds."""
+    verdict = _losers(component, looser).get(image_id)
+    if verdict:
+        return Change(verdict, True)
+    return Change(_losers(component, stricter)[image_id], False)

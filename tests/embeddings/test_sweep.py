@@ -12,6 +12,7 @@ from embeddings.buckets import find_near_duplicates
 from embeddings.cells import BRUTE_FORCE, Cells, Plan, brute_force, fit
 from embeddings.duplicates import DuplicateRule, Group, Pairing, Print, Thresholds, walk
 from embeddings.sweep import sweep
+from shards.records import Verdict
 from tests.embeddings.oracle import clustered, oracle
 
 RULE = DuplicateRule()
@@ -31,20 +32,31 @@ def sources_of(prints: list[Print]) -> dict[bytes, str]:
     return {one.image_id: f"source{one.rank[0]}" for one in prints}
 
 
-def losers_of(prints: list[Print], setting: list[Group]) -> dict[bytes, bytes]:
+def losers_of(prints: list[Print], setting: list[Group]) -> dict[bytes, Verdict]:
     found = find_near_duplicates(prints, Pairing(setting), brute_force(len(prints))).verdicts
-    return {verdict.image_id: verdict.keeper_id for verdict in found if verdict.code != "kept"}
+    return {verdict.image_id: verdict for verdict in found if verdict.code != "kept"}
 
 
-def test_every_point_is_a_search_of_its_own() -> None:
+@pytest.fixture(scope="module")
+def searched() -> tuple[list[Print], dict[DuplicateRule, dict[bytes, Verdict]]]:
+    """Prints, and what a search of its own loses at every point."""
     prints = clustered(1, 80)
+    return prints, {rule: losers_of(prints, alone(rule)) for rules in CURVES.values() for rule in rules}
+
+
+@pytest.mark.parametrize("listed", [256, 4])
+def test_every_point_is_a_search_of_its_own(
+    listed: int, searched: tuple[list[Print], dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeping, "_LISTED", listed)
+    prints, losers_at = searched
     source_of = sources_of(prints)
     settings = [[alone(rule) for rule in rules] for rules in CURVES.values()]
     counted = []
     curves = sweep(prints, source_of, settings, lambda: counted.append(1))
     assert len(counted) == sum(map(len, settings))
-    for curve, of_curve in zip(curves, settings, strict=True):
-        lost = [losers_of(prints, setting) for setting in of_curve]
+    for curve, rules in zip(curves, CURVES.values(), strict=True):
+        lost = [losers_at[rule] for rule in rules]
         for kept, losers in zip(curve.kept, lost, strict=True):
             expected = Counter(source for image_id, source in source_of.items() if image_id not in losers)
             assert kept == dict(expected)
@@ -56,7 +68,7 @@ def test_every_point_is_a_search_of_its_own() -> None:
             assert [change.verdict.image_id for change in shown] == differing[: sweeping.MAX_CHANGES]
             for change in shown:
                 where_lost = looser if change.lost_at_looser else stricter
-                assert change.verdict.keeper_id == where_lost[change.verdict.image_id]
+                assert change.verdict == where_lost[change.verdict.image_id]
     middle = oracle(prints, alone(RULE))
     assert sum(curves[0].kept[1].values()) == sum(image_id == keeper for image_id, keeper in middle.items())
 
@@ -73,22 +85,23 @@ def test_groups_and_fixed_images_are_judged_as_a_search_judges_them() -> None:
         assert sum(kept.values()) == judged - len(losers_of(prints, setting))
 
 
-def test_the_work_is_one_search_and_shrinks_along_a_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_a_step_changes_is_walked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     prints = clustered(3, 100, dimensions=64)
     searched, walked = [], []
     find_forest = buckets.find_forest
     monkeypatch.setattr(buckets, "find_forest", lambda *a, **k: searched.append(1) or find_forest(*a, **k))
-    monkeypatch.setattr(sweeping, "walk", lambda c, p: walked.append((p.loosest, len(c))) or walk(c, p))
-    rules = CURVES["structure"]
-    sweep(prints, sources_of(prints), [[alone(rule) for rule in rules]])
-    once = list(searched)
-    sweep(prints, sources_of(prints), [[alone(rules[0])]])
-    assert len(searched) - len(once) == len(once), "as many buckets for five settings as for one"
-    images = Counter()
-    for thresholds, count in walked[:-1]:
-        images[thresholds] += count
-    of_rules = [images[rule.thresholds] for rule in rules]
-    assert of_rules[0] > of_rules[-1] > 0 and of_rules[1:] == sorted(of_rules[1:], reverse=True)
+    monkeypatch.setattr(sweeping, "walk", lambda c, p: walked.append(p.loosest) or walk(c, p))
+    loose, *_, strict = (alone(rule) for rule in CURVES["structure"])
+    sweep(prints, sources_of(prints), [[loose]])
+    once, components = len(searched), len(walked)
+    assert components > 5
+    walked.clear()
+    (curve,) = sweep(prints, sources_of(prints), [[loose, loose, strict, strict]])
+    assert len(searched) == 2 * once, "as many buckets for four settings as for one"
+    assert walked[:components] == [loose[0].thresholds] * components
+    assert curve.changed[0] == curve.changed[2] == 0 < curve.changed[1]
+    of_strict = walked[components:].count(strict[0].thresholds)
+    assert 0 < of_strict <= components, "the second setting of each is walked nowhere"
 
 
 def test_a_search_in_cells_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
