@@ -95,7 +95,7 @@ setup(
     package_data={
         "embeddings": ["centring/*.npy"],
         "synthesis": ["data/*.yaml", "data/prompts/*/*.j2"],
-        "beam_pipelines": ["report.html.j2"],
+        "beam_pipelines": ["page.css", "report.html.j2", "sweep.html.j2"],
     },
     install_requires=REQUIRES,
     extras_require=EXTRAS,

@@ -321,6 +321,11 @@ def retry_failed(
 
     shardmill retry-failed shards/
     """
+    _run_again(path, {"dry_run": dry_run})
+
+
+def _run_again(path: str, changes: dict[str, Any]) -> None:
+    """What the folder's last run was asked for, with some options changed, where it was asked."""
     from beam_pipelines.request import read_request
     from shards.storage import rooted, storage_of
 
@@ -334,9 +339,63 @@ def retry_failed(
     except OSError as error:
         raise BadRequest(f"{path}: was run in {request.folder}, which is gone ({error.strerror})") from error
     _curate(
-        request.options.model_copy(update={"output": out, "dry_run": dry_run, "refetch": False}),
+        request.options.model_copy(update={"output": out, "refetch": False} | changes),
         request.beam_args,
     )
+
+
+@app.command(**_UPKEEP)
+def sweep(
+    path: Annotated[str, typer.Argument(metavar="OUT", help="A run's folder, or OUT@ID.")],
+    cosine: Annotated[
+        str, typer.Option(metavar="A:B", help="Values of --cosine to try: A:B, A:B:STEP or one.")
+    ] = "",
+    phash: Annotated[
+        str, typer.Option("--phash", "--phash-bits", metavar="A:B", help="The same of --phash-bits.")
+    ] = "",
+    structure: Annotated[str, typer.Option(metavar="A:B", help="The same of --structure.")] = "",
+    output: Annotated[str, typer.Option(help="HTML file. Default: OUT/sweep.html.")] = "",
+    apply: Annotated[
+        bool,
+        typer.Option(
+            "--apply", help="Run the folder's last request again with these thresholds, one value each."
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --apply: say what would be done, write nothing.")
+    ] = False,
+) -> None:
+    """Count what a snapshot would keep at other thresholds of near duplicates, one varied at a time; no image is read for it.
+
+    shardmill sweep shards/
+
+    shardmill sweep shards/ --cosine 0.90:0.99 --phash 0:8 --structure 0.06:0.16
+
+    shardmill sweep shards/ --structure 0.10 --apply
+    """
+    from beam_pipelines.sweep import COSINE, PHASH, STRUCTURE, ranges_of, run_sweep, single_values, sweep_text
+    from beam_pipelines.sweep_page import write_page
+    from shards.snapshot import open_snapshot, split_at
+
+    snapshot = open_snapshot(path)
+    given = {COSINE: cosine, PHASH: phash, STRUCTURE: structure}
+    if dry_run and not apply:
+        raise BadRequest("--dry-run: goes with --apply; without that nothing but the page is written")
+    if apply:
+        if split_at(path)[1] is not None:
+            raise BadRequest(f"--apply {path}: runs a folder's last request again; give {split_at(path)[0]}")
+        _run_again(path, single_values(given, snapshot) | {"dry_run": dry_run})
+        return
+    swept = run_sweep(snapshot, ranges_of(given, snapshot), _progress)
+    written = write_page(snapshot, swept, output)
+    _say(sweep_text(swept))
+    _say(f"page: {written}")
+    if swept.judged:
+        curve = swept.curves[-1]
+        value = curve.values[max(0, curve.here - 1)]
+        _say(
+            f"next: open it in a browser; shardmill sweep {path} {curve.knob.flag} {value} --apply puts one in force"
+        )
 
 
 @app.command(**_UPKEEP)

@@ -45,13 +45,13 @@ def write_report(path: str, output: str = "") -> str:
     output that cannot be written.
     """
     snapshot = open_snapshot(path)
-    target = _target(output) if output else None
-    metrics, missing = _read_metrics(snapshot)
+    target = html_target(output, REPORT) if output else None
+    metrics, missing = read_metrics(snapshot)
     manifest, sources = snapshot.manifest, metrics.get("sources", [])
     pictures = Pictures(snapshot, sources)
     survey = survey_samples(snapshot)
     page = (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             manifest=manifest,
@@ -161,7 +161,7 @@ def _option_rows(options: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def _read_metrics(snapshot: Snapshot) -> tuple[dict[str, Any], str]:
+def read_metrics(snapshot: Snapshot) -> tuple[dict[str, Any], str]:
     """metrics.json, and a sentence where it says nothing of this snapshot."""
     try:
         metrics = json.loads(snapshot.storage.read("metrics.json"))
@@ -177,10 +177,11 @@ def _read_metrics(snapshot: Snapshot) -> tuple[dict[str, Any], str]:
     return metrics, ""
 
 
-def _target(output: str) -> Path:
+def html_target(output: str, name: str) -> Path:
+    """Where a page called `name` by default is to lie. Raises BadRequest for a file that cannot be written."""
     target = Path(output).expanduser()
     if target.is_dir():
-        raise BadRequest(f"--output {output}: is a folder; name a file, as {target / 'report.html'}")
+        raise BadRequest(f"--output {output}: is a folder; name a file, as {target / name}")
     if not target.parent.is_dir():
         raise BadRequest(f"--output {output}: there is no folder {target.parent}")
     if not os.access(target.parent, os.W_OK):
@@ -188,7 +189,8 @@ def _target(output: str) -> Path:
     return target
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """Of the templates of pages: what they show is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -118,6 +118,39 @@ def _by_task(
         yield Task(signal, space, tuple(places[start].tolist())), members
 
 
+class Parted(NamedTuple):
+    """What chains of duplicates join, those that have none, and how many pairs were compared to tell."""
+
+    components: Sequence[Sequence[Print]]
+    alone: Sequence[Print]
+    num_compared: int
+
+
+def part_prints(prints: Sequence[Print], pairing: Pairing, cells: Cells, device: str = "cpu") -> Parted:
+    """The components of a whole set on one machine: prints of distinct images, in any order."""
+    if not prints:
+        return Parted([], [], 0)
+    columns = Prints.of(prints)
+    edges, num_compared = [], 0
+    for task, members in Buckets(cells, pairing).split(columns):
+        if len(members.ids) < 2:  # as most of a band are
+            continue
+        forest, compared = find_forest(members, task.signal, pairing, device=device)
+        edges.append(forest.edges)
+        num_compared += compared
+    empty = columns.print_ids[:0].reshape(0, 2)
+    joined = components(np.concatenate([empty, *edges]))
+    places = places_in(joined.ids, columns.print_ids)
+    together: dict[bytes, list[Print]] = {}
+    alone = []
+    for one, place in zip(prints, places.tolist(), strict=True):
+        if place >= 0:
+            together.setdefault(joined.roots[place].tobytes(), []).append(one)
+        else:
+            alone.append(one)
+    return Parted(list(together.values()), alone, num_compared)
+
+
 class Searched(NamedTuple):
     """Verdicts on the images that are not fixed, and how many pairs were compared to find what belongs together."""
 
@@ -129,24 +162,8 @@ def find_near_duplicates(
     prints: Sequence[Print], pairing: Pairing, cells: Cells, device: str = "cpu"
 ) -> Searched:
     """The search of a whole set on one machine: prints of distinct images, in any order."""
-    if not prints:
-        return Searched([], 0)
-    columns = Prints.of(prints)
-    edges, num_compared = [], 0
-    for task, members in Buckets(cells, pairing).split(columns):
-        forest, compared = find_forest(members, task.signal, pairing, device=device)
-        edges.append(forest.edges)
-        num_compared += compared
-    empty = columns.print_ids[:0].reshape(0, 2)
-    joined = components(np.concatenate([empty, *edges]))
-    places = places_in(joined.ids, columns.print_ids)
-    together: dict[bytes, list[Print]] = {}
-    verdicts = []
-    for one, place in zip(prints, places.tolist(), strict=True):
-        if place >= 0:
-            together.setdefault(joined.roots[place].tobytes(), []).append(one)
-        elif not pairing.fixed[one.group]:
-            verdicts.append(kept(one.image_id))
-    for members_of_one in together.values():
-        verdicts += walk(members_of_one, pairing)
-    return Searched(verdicts, num_compared)
+    joined = part_prints(prints, pairing, cells, device)
+    verdicts = [kept(one.image_id) for one in joined.alone if not pairing.fixed[one.group]]
+    for component in joined.components:
+        verdicts += walk(component, pairing)
+    return Searched(verdicts, joined.num_compared)

@@ -205,15 +205,17 @@ class Ledger(Generic[Row]):
             yield from read_segment(self._storage, segment.path, self._row)
 
     def lookup(self, keys: Collection[bytes]) -> dict[bytes, Row]:
-        """The rows of those keys that are known, the smallest of each. Memory: 8 bytes a key and one row group beside the result."""
+        """The rows of those keys that are known, the smallest of each. Memory: that of `matching` beside the result."""
+        return smallest_per_key(self.matching(keys))
+
+    def matching(self, keys: Collection[bytes]) -> Iterator[Row]:
+        """All rows of those keys; one key may come several times. Memory: 8 bytes a key and one row group."""
         wanted = set(keys)
         prefixes = np.sort(_native(b"".join(key[:8] for key in wanted)))
-        return smallest_per_key(
-            row
-            for segment in self.segments()
-            for row in _matching(self._storage, segment.path, self._row, prefixes)
-            if row.key in wanted
-        )
+        for segment in self.segments():
+            for row in _matching(self._storage, segment.path, self._row, prefixes):
+                if row.key in wanted:
+                    yield row
 
     def compact(self, token: str) -> int:
         """Merge segments, equal rows once and of one key and numerics the smallest. Returns how many segments went.

@@ -92,7 +92,7 @@ def test_no_arguments_show_the_help(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_of_every_command_has_an_example(capfd: pytest.CaptureFixture[str]) -> None:
-    for command in ("demo", "curate", "train", "report", "explain", "verify", "export", "doctor"):
+    for command in ("demo", "curate", "train", "report", "explain", "verify", "export", "sweep", "doctor"):
         shown = said(capfd, command, "--help")
         assert "--help" in shown
         assert f"shardmill {command}" in shown or command == "doctor"

@@ -1,0 +1,329 @@
+"""`shardmill sweep`: what a snapshot would keep at other thresholds, from the facts in its folder's ledger. No image is read to count.
+
+One threshold is varied at a time, the others stay as the snapshot has them: a curve for each.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from decimal import Decimal, InvalidOperation
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from beam_pipelines.report import read_metrics
+from beam_pipelines.wording import one_line, plural
+from embeddings.duplicates import DuplicateRule, Group, Print, print_of
+from embeddings.sweep import Curve, sweep
+from images.decode import decoder_of
+from shards.errors import BadRequest
+from shards.ledger import ImageRow, Ledger, image_key
+from shards.records import EmbeddedImage, MediaRef, Origin, SourceImage
+from shards.snapshot import Snapshot
+
+MAX_VALUES = 200
+"""Of one threshold."""
+MAX_COLUMNS = 6
+"""Sources that the table on a terminal has a column for: the largest."""
+Watch = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
+"""(what, how many) -> a progress bar."""
+
+
+class Knob(NamedTuple):
+    """A threshold: the field of DuplicateRule, its flag, what it may be, how it is stepped through, and whether more is stricter."""
+
+    field: str
+    flag: str
+    lowest: Decimal
+    highest: Decimal
+    step: Decimal
+    default: str
+    more_is_stricter: bool
+
+
+COSINE = Knob("cosine", "--cosine", Decimal(-1), Decimal(1), Decimal("0.01"), "0.80:0.99", True)
+PHASH = Knob("phash_bits", "--phash", Decimal(0), Decimal(64), Decimal(1), "0:16", False)
+STRUCTURE = Knob("structure", "--structure", Decimal(0), Decimal(1), Decimal("0.01"), "0.04:0.20", False)
+KNOBS = (COSINE, PHASH, STRUCTURE)
+Ranges = Mapping[Knob, Sequence[Decimal]]
+
+
+def values_of(knob: Knob, text: str) -> list[Decimal]:
+    """`A`, `A:B` or `A:B:STEP` -> values from A to B. Raises BadRequest."""
+    given = f"{knob.flag} {text}"
+    try:
+        numbers = [Decimal(part) for part in text.split(":")]
+    except InvalidOperation:
+        numbers = []
+    if not 1 <= len(numbers) <= 3 or not all(number.is_finite() for number in numbers):
+        raise BadRequest(f"{given}: a value, A:B or A:B:STEP is needed, as in {knob.flag} {knob.default}")
+    low, high, step = (*numbers, *(numbers[0], knob.step)[len(numbers) - 1 :])
+    if low > high:
+        raise BadRequest(f"{given}: upside down; did you mean {high}:{low}?")
+    if low < knob.lowest or high > knob.highest:
+        within = f"{max(low, knob.lowest)}:{min(high, knob.highest)}"
+        within = within if low <= knob.highest and high >= knob.lowest else knob.default
+        raise BadRequest(
+            f"{given}: from {knob.lowest} to {knob.highest} is allowed, as in {knob.flag} {within}"
+        )
+    if step <= 0:
+        raise BadRequest(f"{given}: the step is to be above 0, as in {low}:{high}:{knob.step}")
+    if knob is PHASH and any(number % 1 for number in (low, high, step)):
+        raise BadRequest(f"{given}: whole bits are needed, as in {knob.flag} {knob.default}")
+    count = int((high - low) / step) + 1
+    if count > MAX_VALUES:
+        wider = max(knob.step, Decimal(math.ceil((high - low) / step / MAX_VALUES)) * step)
+        raise BadRequest(
+            f"{given}: {count:,} values, {MAX_VALUES} at most; take a larger step, as {low}:{high}:{wider}"
+        )
+    return [low + number * step for number in range(count)]
+
+
+def ranges_of(given: Mapping[Knob, str], snapshot: Snapshot) -> Ranges:
+    """What to vary: the thresholds that were given, or all that count in the snapshot's mode. Raises BadRequest."""
+    rule = rule_of(snapshot)
+    chosen = {knob: text for knob, text in given.items() if text}
+    if rule.mode == "similar":
+        for knob in chosen:
+            if knob is not COSINE:
+                raise BadRequest(
+                    f"{knob.flag} {chosen[knob]}: says nothing here, mode similar goes by the cosine alone; give --cosine {COSINE.default}"
+                )
+    counting = (COSINE,) if rule.mode == "similar" else KNOBS
+    return {
+        knob: values_of(knob, chosen.get(knob, knob.default))
+        for knob in counting
+        if knob in chosen or not chosen
+    }
+
+
+def rule_of(snapshot: Snapshot) -> DuplicateRule:
+    """How the snapshot's duplicates were told. Raises BadRequest where there is nothing to vary."""
+    options, name = snapshot.manifest.options, f"snapshot {snapshot.id[:12]}"
+    if snapshot.manifest.parent:
+        raise BadRequest(
+            f"{name}: came in parts, each judged by itself; a sweep is of a snapshot that one run made"
+        )
+    try:
+        rule = DuplicateRule(
+            options["dedup_mode"], options["cosine"], options["phash_bits"], options["structure"]
+        )
+    except KeyError as error:
+        raise BadRequest(
+            f"{name}: does not say its {error.args[0]}; run `shardmill curate` again with the same options"
+        ) from error
+    if rule.mode == "exact":
+        raise BadRequest(
+            f"{name}: mode exact compares bytes alone, no threshold counts; run `shardmill curate` with --dedup-mode copies"
+        )
+    return rule
+
+
+def single_values(given: Mapping[Knob, str], snapshot: Snapshot) -> dict[str, float | int]:
+    """Thresholds to apply, by option. Raises BadRequest for a range, or for none at all."""
+    applied: dict[str, float | int] = {}
+    chosen = {knob: text for knob, text in given.items() if text}
+    for knob, values in ranges_of(chosen, snapshot).items():
+        if len(values) > 1 or not chosen:
+            example = f"{knob.flag} {getattr(rule_of(snapshot), knob.field)}"
+            said = f"{knob.flag} {chosen[knob]} is a range" if chosen else "no threshold is given"
+            raise BadRequest(f"--apply: {said}; give one value, as in --apply {example}")
+        applied[knob.field] = _number(knob, values[0])
+    return applied
+
+
+def _with(rule: DuplicateRule, knob: Knob, value: Decimal) -> DuplicateRule:
+    changed: Mapping[str, Any] = {knob.field: _number(knob, value)}
+    return rule._replace(**changed)
+
+
+def _number(knob: Knob, value: Decimal) -> float | int:
+    return int(value) if knob is PHASH else float(value)
+
+
+_JUDGED = ("unit", "fate", "stage", "code", "id", "source")
+
+
+def judged_rows(snapshot: Snapshot, columns: Sequence[str] = ()) -> Iterator[pa.Table]:
+    """Decision rows of the images that near-duplicate detection looked at, one of each: what lost there, and what came to `settle`.
+
+    Raises BadRequest for a snapshot that another one's images were held against: they are not in its folder.
+    """
+    for table in snapshot.batches("decisions", tuple(dict.fromkeys((*_JUDGED, *columns)))):
+        table = table.filter(pc.equal(table["unit"], "image"))
+        lost = pc.and_(pc.equal(table["stage"], "deduplicate"), pc.not_equal(table["code"], "same_bytes"))
+        if pc.any(pc.starts_with(table["code"], "against_")).as_py():
+            raise BadRequest(
+                f"snapshot {snapshot.id[:12]}: was compared with another snapshot's images too, which a sweep does not see"
+            )
+        yield table.filter(pc.or_(lost, pc.equal(table["stage"], "settle")))
+
+
+class Facts(NamedTuple):
+    """What a sweep goes by: prints, their sources by image_id in order of priority, and how many the snapshot itself did not lose."""
+
+    prints: Sequence[Print]
+    source_of: Mapping[bytes, str]
+    num_kept: int
+
+
+def gather_facts(snapshot: Snapshot) -> Facts:
+    """The facts of all images that were judged, from the ledger of the snapshot's folder. Memory: their facts and embeddings.
+
+    Raises BadRequest where some are missing, or where it is not known how the sources ranked.
+    """
+    source_of: dict[bytes, str] = {}
+    names: dict[str, str] = {}
+    num_kept = 0
+    for table in judged_rows(snapshot):
+        num_kept += pc.sum(pc.equal(table["stage"], "settle")).as_py() or 0
+        for image_id, source in zip(table["id"].to_pylist(), table["source"].to_pylist(), strict=True):
+            source_of[bytes.fromhex(image_id)] = names.setdefault(source, source)
+    if not source_of:
+        return Facts([], {}, 0)
+    priorities = _priorities(snapshot, set(names))
+    rows = _rows_of(snapshot, list(source_of))
+    rule, options = rule_of(snapshot), snapshot.manifest.options
+    groups = [Group(rule.thresholds)]
+    prints = []
+    for image_id, source in source_of.items():
+        row = rows.pop(image_id)
+        reference = SourceImage(Origin(priorities[source], source, "", 0), MediaRef("", 0, -1))
+        image = EmbeddedImage(image_id, reference, row.facts, row.embedding, b"", "", row.numerics)
+        prints.append(print_of(image, 0, groups, options.get("prefer", "pixels")))
+    return Facts(prints, source_of, num_kept)
+
+
+def _priorities(snapshot: Snapshot, names: set[str]) -> dict[str, int]:
+    if len(names) == 1:
+        return dict.fromkeys(names, 0)
+    metrics, _ = read_metrics(snapshot)
+    priorities = {source["name"]: source.get("priority") for source in metrics.get("sources", [])}
+    if any(priorities.get(name) is None for name in names):
+        raise BadRequest(
+            f"snapshot {snapshot.id[:12]}: {snapshot.storage.root}/metrics.json does not say how its {len(names)} sources ranked;"
+            " run `shardmill curate` again with the same options"
+        )
+    return priorities
+
+
+def _rows_of(snapshot: Snapshot, image_ids: Sequence[bytes]) -> dict[bytes, ImageRow]:
+    """The ledger's row of each image, of numerics that the run used where there are some."""
+    encoders = [text.partition(" ")[::2] for text in snapshot.manifest.versions.get("encoders", ())]
+    ours = {numerics for _, numerics in encoders}
+    decoder = decoder_of(snapshot.manifest.options.get("decode", "exact"))
+    id_of = {
+        image_key(image_id, decoder, fingerprint): image_id
+        for fingerprint in sorted({fingerprint for fingerprint, _ in encoders})
+        for image_id in image_ids
+    }
+    rows: dict[bytes, ImageRow] = {}
+
+    def rank(row: ImageRow) -> Any:
+        return row.numerics not in ours, row
+
+    for row in Ledger(snapshot.storage, ImageRow).matching(id_of):
+        image_id = id_of[row.key]
+        if not row.code and (image_id not in rows or rank(row) < rank(rows[image_id])):
+            rows[image_id] = row
+    missing = len(image_ids) - len(rows)
+    if missing:
+        raise BadRequest(
+            f"{snapshot.storage.root}/ledger: knows nothing of {missing:,} of the {len(image_ids):,} images that were compared; run"
+            " `shardmill curate` again with the same options, without --reuse-from"
+        )
+    return rows
+
+
+class KnobCurve(NamedTuple):
+    """What is kept at each value of one threshold, ascending. `here` is the place of the snapshot's own value."""
+
+    knob: Knob
+    values: Sequence[Decimal]
+    here: int
+    kept: Sequence[Mapping[str, int]]
+    curve: Curve
+
+    def step(self, place: int) -> int:
+        """Where `curve` holds what changes between the values at `place` and `place + 1`."""
+        return place if self.knob.more_is_stricter else len(self.values) - 2 - place
+
+    @property
+    def totals(self) -> list[int]:
+        return [sum(kept.values()) for kept in self.kept]
+
+
+class Swept(NamedTuple):
+    """Curves, sources from the one with the most images judged, and how many the sweep and the snapshot itself keep as it is."""
+
+    rule: DuplicateRule
+    judged: Mapping[str, int]
+    curves: Sequence[KnobCurve]
+    num_kept: int
+
+    @property
+    def current(self) -> int:
+        """Kept at the snapshot's thresholds, as counted again."""
+        return self.curves[0].totals[self.curves[0].here]
+
+
+def run_sweep(snapshot: Snapshot, ranges: Ranges, watch: Watch) -> Swept:
+    """Count what each setting keeps. The snapshot's own setting is a point of every curve."""
+    rule = rule_of(snapshot)
+    facts = gather_facts(snapshot)
+    judged: dict[str, int] = {}
+    for source in facts.source_of.values():
+        judged[source] = judged.get(source, 0) + 1
+    planned = []
+    for knob, asked in ranges.items():
+        own = Decimal(str(getattr(rule, knob.field)))
+        values = sorted({*asked, own})
+        settings = [[Group(_with(rule, knob, value).thresholds)] for value in values]
+        planned.append(
+            (knob, values, values.index(own), settings if knob.more_is_stricter else settings[::-1])
+        )
+    points = sum(len(values) for _, values, _, _ in planned)
+    with watch("settings", points) as advance:
+        curves = sweep(facts.prints, facts.source_of, [settings for *_, settings in planned], advance)
+    of_knobs = [
+        KnobCurve(
+            knob, values, here, list(curve.kept) if knob.more_is_stricter else list(curve.kept)[::-1], curve
+        )
+        for (knob, values, here, _), curve in zip(planned, curves, strict=True)
+    ]
+    order = sorted(judged, key=lambda source: (-judged[source], source))
+    return Swept(rule, {source: judged[source] for source in order}, of_knobs, facts.num_kept)
+
+
+def sweep_text(swept: Swept) -> str:
+    """Kept images at each value, and of each source: a table for each threshold."""
+    if not swept.judged:
+        return "no image was compared: nothing to sweep"
+    sources = list(swept.judged)[:MAX_COLUMNS] if len(swept.judged) > 1 else []
+    lines = [f"{plural(sum(swept.judged.values()), 'image')} compared; kept at each value of one threshold"]
+    for curve in swept.curves:
+        rows = [(curve.knob.flag, "kept", *map(one_line, sources))]
+        for value, kept in zip(curve.values, curve.kept, strict=True):
+            rows.append((str(value), f"{sum(kept.values()):,}", *(f"{kept[source]:,}" for source in sources)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines.append("")
+        for place, row in enumerate(rows):
+            mark = "  <- the snapshot" if place == curve.here + 1 else ""
+            cells = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            lines.append("  ".join(cells) + mark)
+    if len(swept.judged) > max(1, len(sources)):
+        lines.append(f"and {len(swept.judged) - len(sources)} more sources, on the page")
+    if difference_text(swept):
+        lines += ["", difference_text(swept)]
+    return "\n".join(lines)
+
+
+def difference_text(swept: Swept) -> str:
+    """Why the count at the snapshot's own thresholds is not the snapshot's; empty where it is."""
+    if swept.current == swept.num_kept:
+        return ""
+    return (
+        f"The snapshot itself kept {swept.num_kept:,}, counted again {swept.current:,}: it was searched with --dedup-recall below 1,"
+        " or several machines rounded differently."
+    )
