@@ -4,15 +4,15 @@ Cells hold the pairs that a score proposes, bands those that the pHash does. A c
 part with each other in a task of its own, so that no worker holds more than two of them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from embeddings.cells import Cells, Router, bands
-from embeddings.duplicates import Pairing, Print, Prints, Thresholds, kept, walk
-from embeddings.forest import Members, Signal, components, find_forest, places_in
+from embeddings.duplicates import PRINT_ID_BYTES, Pairing, Print, Prints, Thresholds, kept, walk
+from embeddings.forest import Components, Members, Signal, components, find_forest, places_in
 from shards.ids import digest
 from shards.records import Verdict
 
@@ -49,7 +49,7 @@ class Buckets:
 
     def split(self, prints: Prints) -> Iterator[tuple[Task, Members]]:
         """Some images -> those of them that take part in a task, for each; bands without vectors."""
-        no_vectors = np.empty((len(prints.ids), 0), np.float16)
+        no_vectors = np.empty((len(prints.print_ids), 0), np.float16)
         if self._loosest.cosine <= 1:
             yield from _by_task(
                 "cosine", self._space, self._visit_cells(prints), prints, prints.signatures.vectors
@@ -102,6 +102,23 @@ def _by_task(
         yield Task(signal, space, (cell, low, high)), members
 
 
+class Joined(NamedTuple):
+    """What chains of duplicates join, and how many pairs were compared to find it."""
+
+    components: Components
+    num_compared: int
+
+
+def join_duplicates(tasks: Iterable[tuple[Task, Members]], pairing: Pairing, device: str = "cpu") -> Joined:
+    """Tasks of `Buckets.split`, one after another."""
+    edges, num_compared = [np.empty((0, 2), f"V{PRINT_ID_BYTES}")], 0
+    for task, members in tasks:
+        forest, compared = find_forest(members, task.signal, pairing, device=device)
+        edges.append(forest.edges)
+        num_compared += compared
+    return Joined(components(np.concatenate(edges)), num_compared)
+
+
 class Searched(NamedTuple):
     """Verdicts on the images that are not fixed, and how many pairs were compared to find what belongs together."""
 
@@ -116,13 +133,7 @@ def find_near_duplicates(
     if not prints:
         return Searched([], 0)
     columns = Prints.of(prints)
-    edges, num_compared = [], 0
-    for task, members in Buckets(cells, pairing.loosest).split(columns):
-        forest, compared = find_forest(members, task.signal, pairing, device=device)
-        edges.append(forest.edges)
-        num_compared += compared
-    empty = columns.print_ids[:0].reshape(0, 2)
-    joined = components(np.concatenate([empty, *edges]))
+    joined, num_compared = join_duplicates(Buckets(cells, pairing.loosest).split(columns), pairing, device)
     places = places_in(joined.ids, columns.print_ids)
     together: dict[bytes, list[Print]] = {}
     verdicts = []
