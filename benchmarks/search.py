@@ -13,7 +13,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,13 +66,15 @@ class Run(NamedTuple):
         return self.fit_s + self.route_s + self.search_s
 
 
-def draw(count: int, dimensions: int, cosine: float, seed: int) -> Planted:
+def draw(
+    count: int, dimensions: int, cosine: float, seed: int, clusters: Sequence[int] = CLUSTERS
+) -> Planted:
     rng = np.random.default_rng(seed)
     scale = (np.arange(1, dimensions + 1) ** -FALL).astype(np.float32)
     num_copies = count // COPIES
     originals = count - num_copies
     spread, centres = scale, np.zeros((1, dimensions), np.float32)
-    for size in CLUSTERS:
+    for size in clusters:
         chosen = centres[rng.integers(len(centres), size=max(2, originals // size))]
         centres = chosen + spread * rng.standard_normal(chosen.shape, np.float32)
         spread = WITHIN * spread
@@ -322,6 +324,9 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", choices=[*CONTENDERS, "increment"], default=[*CONTENDERS, "increment"]
     )
+    parser.add_argument(
+        "--clusters", type=int, nargs="+", default=CLUSTERS, help="images of each, outermost first"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     print(describe("numpy", "torch", "faiss-cpu"))
@@ -329,9 +334,11 @@ def main() -> None:
     for count in arguments.images:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            for stem, column in draw(count, arguments.dimensions, cosine, arguments.seed)._asdict().items():
+            planted = draw(count, arguments.dimensions, cosine, arguments.seed, arguments.clusters)
+            for stem, column in planted._asdict().items():
                 np.save(folder / stem, column)
-            num_pairs = len(np.load(folder / "pairs.npy"))
+            num_pairs = len(planted.pairs)
+            del planted
             print(
                 f"\n{count:,} vectors of {arguments.dimensions}, cosine {cosine}, {num_pairs:,} planted pairs\n"
             )
