@@ -65,6 +65,7 @@ check: setup  ## lint and types
 bench: setup  ## the measures of docs/benchmarks.md
 	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python -m benchmarks.contamination
+	$(BIN)/python -m benchmarks.search
 
 bench-decode: setup  ## from sources to a model's input: decoding beside timm's transform, the sandbox, listing tars, urls
 	$(BIN)/python -m benchmarks.decode

@@ -98,6 +98,13 @@ def ranges_of(given: Mapping[Knob, str], snapshot: Snapshot) -> Ranges:
     }
 
 
+_NOT_SWEPT = {
+    "against": "--against",
+    "any_orientation": "--any-orientation",
+    "duplicate_rules": "thresholds of sources",
+}
+
+
 def rule_of(snapshot: Snapshot) -> DuplicateRule:
     """How the snapshot's duplicates were told. Raises BadRequest where there is nothing to vary."""
     options, name = snapshot.manifest.options, f"snapshot {snapshot.id[:12]}"
@@ -117,6 +124,11 @@ def rule_of(snapshot: Snapshot) -> DuplicateRule:
         raise BadRequest(
             f"{name}: mode exact compares bytes alone, no threshold counts; run `shardmill curate` with --dedup-mode copies"
         )
+    for option, flag in _NOT_SWEPT.items():
+        if options.get(option):
+            raise BadRequest(
+                f"{name}: was made with {flag}, which a sweep does not know; run `shardmill curate` with other thresholds"
+            )
     return rule
 
 
@@ -146,17 +158,10 @@ _JUDGED = ("unit", "fate", "stage", "code", "id", "source")
 
 
 def judged_rows(snapshot: Snapshot, columns: Sequence[str] = ()) -> Iterator[pa.Table]:
-    """Decision rows of the images that near-duplicate detection looked at, one of each: what lost there, and what came to `settle`.
-
-    Raises BadRequest for a snapshot that another one's images were held against: they are not in its folder.
-    """
+    """Decision rows of the images that near-duplicate detection looked at, one of each: what lost there, and what came to `settle`."""
     for table in snapshot.batches("decisions", tuple(dict.fromkeys((*_JUDGED, *columns)))):
         table = table.filter(pc.equal(table["unit"], "image"))
         lost = pc.and_(pc.equal(table["stage"], "deduplicate"), pc.not_equal(table["code"], "same_bytes"))
-        if pc.any(pc.starts_with(table["code"], "against_")).as_py():
-            raise BadRequest(
-                f"snapshot {snapshot.id[:12]}: was compared with another snapshot's images too, which a sweep does not see"
-            )
         yield table.filter(pc.or_(lost, pc.equal(table["stage"], "settle")))
 
 

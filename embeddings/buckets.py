@@ -4,15 +4,15 @@ Cells hold the pairs that a score proposes, bands those that the pHash does. A c
 part with each other in a task of its own, so that no worker holds more than two of them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from embeddings.cells import Cells, Router, bands
-from embeddings.duplicates import Pairing, Print, Prints, kept, orientations, walk
-from embeddings.forest import Members, Signal, components, find_forest, places_in
+from embeddings.duplicates import PRINT_ID_BYTES, Pairing, Print, Prints, kept, orientations, walk
+from embeddings.forest import Components, Members, Signal, components, find_forest, places_in
 from shards.ids import digest
 from shards.records import Verdict
 
@@ -59,7 +59,7 @@ class Buckets:
 
     def split(self, prints: Prints) -> Iterator[tuple[Task, Members]]:
         """Some images -> those of them that take part in a task, for each; bands without vectors."""
-        no_vectors = np.empty((len(prints.ids), 0), np.float16)
+        no_vectors = np.empty((len(prints.print_ids), 0), np.float16)
         if self._loosest.cosine <= 1:
             yield from _by_task(
                 "cosine", self._space, self._visit_cells(prints), prints, prints.signatures.vectors
@@ -118,6 +118,25 @@ def _by_task(
         yield Task(signal, space, tuple(places[start].tolist())), members
 
 
+class Joined(NamedTuple):
+    """What chains of duplicates join, and how many pairs were compared to find it."""
+
+    components: Components
+    num_compared: int
+
+
+def join_duplicates(tasks: Iterable[tuple[Task, Members]], pairing: Pairing, device: str = "cpu") -> Joined:
+    """Tasks of `Buckets.split`, one after another."""
+    edges, num_compared = [np.empty((0, 2), f"V{PRINT_ID_BYTES}")], 0
+    for task, members in tasks:
+        if len(members.ids) < 2:  # as most of a band are
+            continue
+        forest, compared = find_forest(members, task.signal, pairing, device=device)
+        edges.append(forest.edges)
+        num_compared += compared
+    return Joined(components(np.concatenate(edges)), num_compared)
+
+
 class Parted(NamedTuple):
     """What chains of duplicates join, those that have none, and how many pairs were compared to tell."""
 
@@ -131,15 +150,7 @@ def part_prints(prints: Sequence[Print], pairing: Pairing, cells: Cells, device:
     if not prints:
         return Parted([], [], 0)
     columns = Prints.of(prints)
-    edges, num_compared = [], 0
-    for task, members in Buckets(cells, pairing).split(columns):
-        if len(members.ids) < 2:  # as most of a band are
-            continue
-        forest, compared = find_forest(members, task.signal, pairing, device=device)
-        edges.append(forest.edges)
-        num_compared += compared
-    empty = columns.print_ids[:0].reshape(0, 2)
-    joined = components(np.concatenate([empty, *edges]))
+    joined, num_compared = join_duplicates(Buckets(cells, pairing).split(columns), pairing, device)
     places = places_in(joined.ids, columns.print_ids)
     together: dict[bytes, list[Print]] = {}
     alone = []
@@ -162,8 +173,8 @@ def find_near_duplicates(
     prints: Sequence[Print], pairing: Pairing, cells: Cells, device: str = "cpu"
 ) -> Searched:
     """The search of a whole set on one machine: prints of distinct images, in any order."""
-    joined = part_prints(prints, pairing, cells, device)
-    verdicts = [kept(one.image_id) for one in joined.alone if not pairing.fixed[one.group]]
-    for component in joined.components:
+    parted = part_prints(prints, pairing, cells, device)
+    verdicts = [kept(one.image_id) for one in parted.alone if not pairing.fixed[one.group]]
+    for component in parted.components:
         verdicts += walk(component, pairing)
-    return Searched(verdicts, joined.num_compared)
+    return Searched(verdicts, parted.num_compared)

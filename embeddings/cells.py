@@ -35,6 +35,9 @@ _SQUARED_NORM = 1.002
 """Of a unit vector rounded to float16, at most."""
 _SLACK = 1e-3
 """More than float32 rounds a distance to a bisector by."""
+_LEAST_APART = 0.01
+_ROUTED_AT_ONCE = 1 << 22
+"""Vectors times cells; their distances are 16 MB."""
 _MIN_PAIRS = 50
 """Pairs in the sample from which on it says something about recall."""
 
@@ -68,32 +71,46 @@ class Router:
         centroids = cells.centroids.astype(np.float64)
         squared = (centroids**2).sum(axis=1)
         apart = np.sqrt(np.maximum(squared[:, None] + squared[None] - 2 * centroids @ centroids.T, 0))
-        # Equal centroids have no bisector: no distance from it is too large.
-        self._apart = np.maximum(apart, 1e-9).astype(np.float32)
+        # Equal centroids have no bisector, and of near ones rounding would decide: taken for further apart they get more guests.
+        self._apart = np.maximum(apart, _LEAST_APART).astype(np.float32)
+        self._furthest = self._apart.max(axis=1)
         self._half_squared = (squared / 2).astype(np.float32)
         self._reach = math.sqrt(max(0.0, 2 * _SQUARED_NORM - 2 * (cosine - PROPOSAL_MARGIN))) / 2 + _SLACK
 
     def route(self, vectors: npt.NDArray[np.float16]) -> Visits:
-        """float16 (N, D) -> where they are at home and guests."""
-        rows = np.arange(len(vectors))
-        if len(self._cells.centroids) == 1:
-            return Visits(rows, np.zeros(len(rows), np.intp), np.ones(len(rows), bool))
-        wide = vectors.astype(np.float32)
-        nearness = wide @ self._cells.centroids.T - self._half_squared
+        """float16 (N, D) -> where they are at home and guests. Memory: linear in the visits, and 50 MB."""
+        count, num_cells = len(vectors), len(self._cells.centroids)
+        homes = np.zeros(count, np.intp)
+        guests, visited = [homes[:0]], [homes[:0]]
+        at_once = max(1, _ROUTED_AT_ONCE // num_cells)
+        for start in range(0, count if num_cells > 1 else 0, at_once):
+            block = slice(start, start + at_once)
+            homes[block], rows, cells = self._visits(vectors[block].astype(np.float32))
+            guests.append(start + rows)
+            visited.append(cells)
+        rows = np.concatenate([np.arange(count), *guests])
+        return Visits(rows, np.concatenate([homes, *visited]), np.arange(len(rows)) < count)
+
+    def _visits(
+        self, wide: npt.NDArray[np.float32]
+    ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+        """Homes of rows, and for each visit of a guest its row and cell."""
+        nearness = wide @ self._cells.centroids.T
+        nearness -= self._half_squared
         homes = nearness.argmax(axis=1)
-        from_bisector = (nearness[rows, homes][:, None] - nearness) / self._apart[homes]
-        from_bisector[rows, homes] = np.inf
-        is_guest = from_bisector <= self._reach
-        limit = self._cells.max_guests
-        if 0 <= limit < from_bisector.shape[1] - 1:
-            nearest = np.argsort(from_bisector, axis=1, kind="stable")[:, limit:]
-            is_guest[rows[:, None], nearest] = False
-        guests, visited = np.nonzero(is_guest)
-        return Visits(
-            np.concatenate([rows, guests]),
-            np.concatenate([homes, visited]),
-            np.arange(len(rows) + len(guests)) < len(rows),
-        )
+        nearest = nearness.max(axis=1)
+        # No bisector is further from a home than its furthest: most cells are out by one comparison.
+        may_visit = nearness >= (nearest - self._reach * self._furthest[homes])[:, None]
+        rows, cells = np.divmod(np.flatnonzero(may_visit), len(self._cells.centroids))
+        from_bisector = (nearest[rows] - nearness[rows, cells]) / self._apart[homes[rows], cells]
+        guest = (from_bisector <= self._reach) & (cells != homes[rows])
+        rows, cells, from_bisector = rows[guest], cells[guest], from_bisector[guest]
+        if self._cells.max_guests >= 0:
+            order = np.lexsort((from_bisector, rows))
+            rows, cells = rows[order], cells[order]
+            rank = np.arange(len(rows)) - np.searchsorted(rows, rows)
+            rows, cells = rows[rank < self._cells.max_guests], cells[rank < self._cells.max_guests]
+        return homes, rows, cells
 
 
 def bands(phashes: npt.NDArray[np.uint64], max_bits: int) -> npt.NDArray[np.uint64]:
@@ -133,8 +150,9 @@ class Estimate(NamedTuple):
         )
 
 
-_SENDING = 500
-"""Comparisons that moving one vector to a worker costs as much time as, measured on one machine."""
+_SENDING = 1000
+"""Comparisons that moving one vector to a worker costs as much time as: finding its cells, packing and unpacking it took as long as 1,500
+with 256 dimensions and 750 with 1,280, one core, without what a runner adds for its shuffle."""
 BRUTE_FORCE = Estimate(1, -1, 1.0, 1.0, 1.0)
 
 
@@ -188,8 +206,10 @@ def plan_cells(
     options: list[tuple[float, Estimate, Cells]] = [
         (BRUTE_FORCE.cost(count, dimensions), BRUTE_FORCE, brute_force(count))
     ]
+    # Centroids fitted on the pairs that recall is told from would part fewer of them than of others.
+    fitted = sample if close is None else np.delete(sample, close, axis=0)
     for size in sizes:
-        centroids = frozen if frozen is not None else fit(sample, size)
+        centroids = frozen if frozen is not None else fit(fitted, size)
         for limit in (-1,) if close is None else (-1, 1, 2, 4, 8, 16):
             cells = Cells(centroids, np.ones(len(centroids), np.int64), limit)
             estimate, sized = _estimate(sample, count, cells, thresholds.cosine, close)
@@ -211,15 +231,15 @@ def _sizes(count: int, sample: int) -> list[int]:
 
 
 def _close_pairs(sample: npt.NDArray[np.float16], cosine: float) -> npt.NDArray[np.intp] | None:
-    """Rows of pairs that reach the threshold, (P, 2); None where they are too few."""
+    """Rows of pairs that reach the threshold, (P, 2), at most a quarter as many as vectors; None where they are too few."""
     wide = sample.astype(np.float32)
     found = []
     for start in range(0, len(wide), 1024):
-        row, column = np.nonzero(wide[start : start + 1024] @ wide.T >= cosine)
-        row += start
-        found.append(np.stack([row, column], axis=1)[row < column])
+        row, column = np.nonzero(wide[start : start + 1024] @ wide[start:].T >= cosine)
+        found.append(start + np.stack([row, column], axis=1)[row < column])
     pairs = np.concatenate(found)
-    return pairs if len(pairs) >= _MIN_PAIRS else None
+    some = np.random.default_rng(0).permutation(len(pairs))[: len(sample) // 4]
+    return pairs[some] if len(pairs) >= _MIN_PAIRS else None
 
 
 def _estimate(
@@ -232,7 +252,7 @@ def _estimate(
     router = Router(cells, cosine)
     num_cells, num = len(cells.centroids), len(sample)
     residents, guests = np.zeros((2, num_cells))
-    pairs_met: set[int] = set()
+    visited = [np.empty(0, np.intp)]
     homes = np.empty(num, np.intp)
     for start in range(0, num, 4096):
         visits = router.route(sample[start : start + 4096])
@@ -241,16 +261,17 @@ def _estimate(
         homes[start + visits.rows[visits.home]] = visits.cells[visits.home]
         if close is not None:
             away = ~visits.home
-            pairs_met.update(((start + visits.rows[away]) * num_cells + visits.cells[away]).tolist())
+            visited.append((start + visits.rows[away]) * num_cells + visits.cells[away])
     recall = 1.0
     if close is not None and cells.max_guests >= 0:
-        met = sum(
-            homes[a] == homes[b]
-            or a * num_cells + homes[b] in pairs_met
-            or b * num_cells + homes[a] in pairs_met
-            for a, b in close.tolist()
+        ours, theirs = close.T
+        pairs_met = np.concatenate(visited)
+        met = (
+            (homes[ours] == homes[theirs])
+            | np.isin(ours * num_cells + homes[theirs], pairs_met)
+            | np.isin(theirs * num_cells + homes[ours], pairs_met)
         )
-        recall = met / len(close)
+        recall = float(met.mean())
     share = float((residents**2 + 2 * residents * guests).sum()) / num**2
     estimate = Estimate(num_cells, cells.max_guests, float(1 + guests.sum() / num), share, recall)
     return estimate, cells._replace(parts=np.array([_parts(size * count / num) for size in residents]))

@@ -31,7 +31,9 @@ from embeddings.duplicates import (
 Signal = Literal["cosine", "phash"]
 _ROWS, _COLUMNS = 1024, 8192
 """Pairs looked at together; the matrix of their scores is 32 MB."""
-_FIRST_ROWS = 8
+_FIRST_ROWS, _GROWTH = 8, 16
+_JOIN_AT = 256
+"""Duplicate pairs from which on they are joined at once; joining takes a millisecond, as much as proposing in a small bucket."""
 _OWN_QUERY = 32
 """Rows of one tree in a block from which on they are compared with what is outside of it only."""
 _DENSE = 16
@@ -126,28 +128,36 @@ class _Search:
         self._propose = self._by_cosine if signal == "cosine" else self._by_phash
         self._decide = self._reach_cosine if signal == "cosine" else self._within_phash_bits
         self._device = device
-        # On a GPU half floats have the fast product, and accumulate in float32.
-        self._dtype = torch.float16 if device.startswith("cuda") else torch.float32
-        self._vectors = torch.from_numpy(members.vectors)
+        # On a GPU half floats have the fast product, and accumulate in float32. On a CPU numpy takes less time to start than torch,
+        # which counts in small buckets.
+        self._on_gpu = None if device == "cpu" else torch.from_numpy(members.vectors).to(device)
+        self._wide = members.vectors.astype(np.float32) if device == "cpu" else np.empty((0, 0), np.float32)
 
     def duplicates(
-        self, rows: npt.NDArray[np.intp], columns: npt.NDArray[np.intp]
+        self, rows: npt.NDArray[np.intp], columns: npt.NDArray[np.intp], label: npt.NDArray[np.intp]
     ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-        """All duplicate pairs, as members. What is cheaper is asked first: proposed, verified, then exactly scored."""
-        proposed = self._verifiable(self._propose(rows, columns), rows, columns)
+        """All duplicate pairs of different labels, as members. What is cheaper is asked first: proposed, verified, then exactly scored."""
+        proposed = self._propose(rows, columns)
+        row, column = np.divmod(proposed.hits, len(columns))
+        apart = label[rows[row]] != label[columns[column]]
+        if not apart.any():
+            return rows[:0], rows[:0]
+        proposed = self._verifiable(_Proposed(proposed.hits[apart], proposed.values[apart]), rows, columns)
         row, column = np.divmod(proposed.hits, len(columns))
         ours, theirs = rows[row], columns[column]
         decided = self._decide(proposed.values, ours, theirs)
         return ours[decided], theirs[decided]
 
     def _by_cosine(self, rows: npt.NDArray[np.intp], columns: npt.NDArray[np.intp]) -> _Proposed:
-        ours, theirs = (
-            self._vectors[torch.from_numpy(places)].to(self._device, self._dtype)
-            for places in (rows, columns)
-        )
+        limit = self._pairing.loosest.cosine - PROPOSAL_MARGIN
+        if self._on_gpu is None:
+            near = (self._wide[rows] @ self._wide[columns].T).reshape(-1)
+            hits = np.flatnonzero(near >= limit)
+            return _Proposed(hits, near[hits])
+        ours, theirs = (self._on_gpu[torch.from_numpy(places)] for places in (rows, columns))
         scores = (ours @ theirs.T).view(-1)
-        hits = (scores >= self._pairing.loosest.cosine - PROPOSAL_MARGIN).nonzero().view(-1)
-        return _Proposed(hits.cpu().numpy(), scores[hits].float().cpu().numpy())
+        found = (scores >= limit).nonzero().view(-1)
+        return _Proposed(found.cpu().numpy(), scores[found].float().cpu().numpy())
 
     def _by_phash(self, rows: npt.NDArray[np.intp], columns: npt.NDArray[np.intp]) -> _Proposed:
         bits = differing_bits(self._members.phashes[rows], self._members.phashes[columns]).reshape(-1)
@@ -207,6 +217,19 @@ class _Trees:
     def __init__(self, count: int) -> None:
         self.label = np.arange(count)
         self.edges: list[npt.NDArray[np.intp]] = []
+        self._open: list[npt.NDArray[np.intp]] = []
+
+    def add(self, ours: npt.NDArray[np.intp], theirs: npt.NDArray[np.intp]) -> None:
+        """Join pairs once they are many; `label` tells of them from then on."""
+        if len(ours):
+            self._open.append(np.stack([ours, theirs], axis=1))
+        if sum(map(len, self._open)) >= _JOIN_AT:
+            self._join_open()
+
+    def _join_open(self) -> None:
+        pairs = np.concatenate([*self._open, np.empty((0, 2), np.intp)])
+        self._open = []
+        self.join(pairs[:, 0], pairs[:, 1])
 
     def join(self, ours: npt.NDArray[np.intp], theirs: npt.NDArray[np.intp], keep: bool = True) -> None:
         """Add pairs; those that join trees become edges, if `keep`."""
@@ -233,6 +256,7 @@ class _Trees:
         self.label[moved] = smallest[component[renamed[moved]]]
 
     def all_edges(self) -> npt.NDArray[np.intp]:
+        self._join_open()
         return np.concatenate([*self.edges, np.empty((0, 2), np.intp)])
 
 
@@ -241,7 +265,7 @@ def _row_blocks(rows: npt.NDArray[np.intp]) -> Iterator[npt.NDArray[np.intp]]:
     start, size = 0, _FIRST_ROWS
     while start < len(rows):
         yield rows[start : start + size]
-        start, size = start + size, min(size * 4, _ROWS)
+        start, size = start + size, min(size * _GROWTH, _ROWS)
 
 
 def _queries(
@@ -287,7 +311,7 @@ def find_forest(
                         theirs = theirs[~fixed[theirs]]
                     if len(ours) and len(theirs):
                         num_compared += len(ours) * len(theirs)
-                        trees.join(*search.duplicates(ours, theirs))
+                        trees.add(*search.duplicates(ours, theirs, trees.label))
     return Found(Forest(members.ids, members.ids[trees.all_edges()]), num_compared)
 
 
@@ -308,8 +332,8 @@ def _rectangles(
     home, first = members.home, members.side == 0
     if first.all():
         new_homes = np.flatnonzero(home & ~old)
-        yield new_homes, np.concatenate([new_homes, np.flatnonzero(home & old)]), True
-        yield from parted(~home, home)
+        yield new_homes, np.concatenate([new_homes, np.flatnonzero(~home | old)]), True
+        yield np.flatnonzero(~home & ~old), np.flatnonzero(home & old), False
     else:
         yield from parted(home & first, home & ~first)
         yield from parted(~home & first, home & ~first)

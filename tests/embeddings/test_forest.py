@@ -70,6 +70,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forest, "_ROWS", 16)
     monkeypatch.setattr(forest, "_COLUMNS", 24)
     monkeypatch.setattr(forest, "_OWN_QUERY", 4)
+    monkeypatch.setattr(forest, "_JOIN_AT", 64)
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,0 +1,365 @@
+"""Seconds, memory and recall of the search for near duplicates, beside SemDeDup's way and brute force, on vectors with planted pairs.
+
+python -m benchmarks.search --images 100000 --rounds 3
+
+Vectors are drawn: clusters of 20 images in groups of 400, and coordinates whose scale falls as those of real embeddings do. One in twenty is a copy of
+another image, at a cosine drawn evenly from [t - .02, .999]; those that reach t once rounded to float16 are the pairs to be found. Each
+contender runs in a process of its own, on all cores. SemDeDup's way is faiss k-means fitted on the same sample with as many
+clusters and iterations as the cells, and all pairs within each cluster: the product, its upper triangle, and the largest of each column.
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import faiss
+import numpy as np
+import torch
+
+from benchmarks.machine import describe
+from embeddings.buckets import Buckets, Task, join_duplicates
+from embeddings.cells import MAX_SAMPLE, fit, plan_cells
+from embeddings.duplicates import DuplicateRule, Group, Pairing, Prints, Signatures, ids_of
+from embeddings.forest import Components, Members, components, find_forest, places_in
+
+COPIES = 20
+"""One image in so many is a copy."""
+CLUSTERS, WITHIN, FALL = (400, 20), 0.6, 0.5
+"""Images of a group and of a cluster in it, the spread of each as a part of that around it, and the power by which coordinates shrink."""
+BRUTE_FORCE_UP_TO = 100_000
+OURS, NEARLY, LOOSER, SEMDEDUP, ALL_PAIRS = (
+    "exact",
+    "recall .999",
+    "recall .995",
+    "SemDeDup's way",
+    "all pairs",
+)
+
+
+class Planted(NamedTuple):
+    """float16 (N, D), in no order, and the rows of the planted pairs that reach the threshold, (P, 2)."""
+
+    vectors: np.ndarray
+    pairs: np.ndarray
+
+
+class Run(NamedTuple):
+    """What one contender took. `peak` in bytes above what it had once the vectors were loaded; pairs it compared; its cells."""
+
+    fit_s: float
+    route_s: float
+    search_s: float
+    peak: int
+    compared: int
+    recall: float
+    cells: int
+    plan: str = ""
+
+    @property
+    def seconds(self) -> float:
+        return self.fit_s + self.route_s + self.search_s
+
+
+def draw(
+    count: int, dimensions: int, cosine: float, seed: int, clusters: Sequence[int] = CLUSTERS
+) -> Planted:
+    rng = np.random.default_rng(seed)
+    scale = (np.arange(1, dimensions + 1) ** -FALL).astype(np.float32)
+    num_copies = count // COPIES
+    originals = count - num_copies
+    spread, centres = scale, np.zeros((1, dimensions), np.float32)
+    for size in clusters:
+        chosen = centres[rng.integers(len(centres), size=max(2, originals // size))]
+        centres = chosen + spread * rng.standard_normal(chosen.shape, np.float32)
+        spread = WITHIN * spread
+    vectors = np.empty((count, dimensions), np.float16)
+    for start in range(0, originals, 50_000):
+        size = min(50_000, originals - start)
+        drawn = centres[rng.integers(len(centres), size=size)]
+        drawn += spread * rng.standard_normal(drawn.shape, np.float32)
+        vectors[start : start + size] = drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+    of = rng.choice(originals, num_copies, replace=False)
+    ours = vectors[of].astype(np.float32)
+    aside = scale * rng.standard_normal(ours.shape, np.float32)
+    aside -= (aside * ours).sum(axis=1, keepdims=True) * ours
+    aside /= np.linalg.norm(aside, axis=1, keepdims=True)
+    wanted = rng.uniform(cosine - 0.02, 0.999, (num_copies, 1)).astype(np.float32)
+    vectors[originals:] = wanted * ours + np.sqrt(1 - wanted**2) * aside
+    scores = np.einsum("ij,ij->i", vectors[of], vectors[originals:], dtype=np.float64)
+    order = rng.permutation(count)
+    place = np.empty(count, np.intp)
+    place[order] = np.arange(count)
+    pairs = np.stack([place[of], place[originals:]], axis=1)
+    return Planted(vectors[order], pairs[scores >= cosine])
+
+
+def load(folder: Path) -> Planted:
+    return Planted(np.load(folder / "vectors.npy"), np.load(folder / "pairs.npy"))
+
+
+def sample_of(vectors: np.ndarray) -> np.ndarray:
+    return vectors[np.random.default_rng(1).permutation(len(vectors))[:MAX_SAMPLE]]
+
+
+def pairing_of(cosine: float) -> Pairing:
+    return Pairing([Group(DuplicateRule("similar", cosine).thresholds)])
+
+
+def prints_of(vectors: np.ndarray) -> Prints:
+    """As columns; of what only other modes look at, nothing."""
+    count = len(vectors)
+    return Prints(
+        ids_of(np.random.default_rng(2).bytes(16 * count)),
+        [],
+        [],
+        np.zeros(count, np.int64),
+        Signatures(
+            vectors, np.zeros(count, np.uint64), np.broadcast_to(np.zeros(16, np.uint64), (count, 16))
+        ),
+    )
+
+
+def roots_of(joined: Components, prints: Prints) -> np.ndarray:
+    """For each image the number of what it is joined with, or one of its own."""
+    places = places_in(joined.ids, prints.print_ids)
+    roots = np.arange(len(places)) + len(joined.ids)
+    roots[places >= 0] = places_in(joined.ids, joined.roots)[places[places >= 0]]
+    return roots
+
+
+class Stopwatch:
+    """Seconds that an iterable takes to give its items."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def over(self, tasks: Iterable[tuple[Task, Members]]) -> Iterator[tuple[Task, Members]]:
+        started = time.perf_counter()
+        for task in tasks:
+            self.seconds += time.perf_counter() - started
+            yield task
+            started = time.perf_counter()
+        self.seconds += time.perf_counter() - started
+
+
+def peak_bytes(of: str = "VmHWM") -> int:
+    """The most memory this process has held; `VmRSS`: what it holds."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in status if line.startswith(of))
+
+
+def search_ours(data: Planted, cosine: float, recall: float, _: int) -> Run:
+    prints, pairing = prints_of(data.vectors), pairing_of(cosine)
+    started = time.perf_counter()
+    plan = plan_cells(sample_of(data.vectors), len(data.vectors), pairing.loosest, recall)
+    planned = time.perf_counter()
+    route = Stopwatch()
+    joined, compared = join_duplicates(route.over(Buckets(plan.cells, pairing).split(prints)), pairing)
+    search_s = time.perf_counter() - planned - route.seconds
+    peak = peak_bytes()
+    roots = roots_of(joined, prints)[data.pairs]
+    found = float((roots[:, 0] == roots[:, 1]).mean())
+    num_cells = len(plan.cells.centroids)
+    return Run(
+        planned - started, route.seconds, search_s, peak, compared, found, num_cells, str(plan.estimate)
+    )
+
+
+def search_semdedup(data: Planted, cosine: float, _: float, num_cells: int) -> Run:
+    started = time.perf_counter()
+    centroids = fit(sample_of(data.vectors), num_cells)
+    fitted = time.perf_counter()
+    index = faiss.IndexFlatL2(data.vectors.shape[1])
+    index.add(centroids)
+    label = np.concatenate(
+        [
+            index.search(data.vectors[start : start + 65_536].astype(np.float32), 1)[1][:, 0]
+            for start in range(0, len(data.vectors), 65_536)
+        ]
+    )
+    order = np.argsort(label, kind="stable")
+    sizes = np.bincount(label, minlength=num_cells)
+    routed = time.perf_counter()
+    duplicates = 0
+    for rows in np.split(order, np.cumsum(sizes)[:-1]):
+        if len(rows):
+            vectors = torch.from_numpy(data.vectors[rows]).float()
+            scores = torch.triu(vectors @ vectors.T, diagonal=1)
+            duplicates += int((scores.max(dim=0).values >= cosine).sum())
+    searched = time.perf_counter()
+    ours, theirs = data.pairs.T
+    compared = int((sizes.astype(np.int64) ** 2).sum())
+    recall = float((label[ours] == label[theirs]).mean())
+    return Run(
+        fitted - started, routed - fitted, searched - routed, peak_bytes(), compared, recall, num_cells
+    )
+
+
+def search_all_pairs(data: Planted, cosine: float, recall: float, _: int) -> Run:
+    """The product of each block of rows with those from it on; every pair that reaches the threshold is among what is drawn."""
+    started = time.perf_counter()
+    vectors = torch.from_numpy(data.vectors).float()
+    compared, found = 0, []
+    for start in range(0, len(vectors), 1024):
+        block = vectors[start : start + 1024]
+        for right in range(start, len(vectors), 8192):
+            scores = block @ vectors[right : right + 8192].T
+            compared += scores.numel()
+            row, column = (scores >= cosine).nonzero().numpy().T
+            row, column = row + start, column + right
+            found.append(np.stack([row, column])[:, row < column])
+    seconds = time.perf_counter() - started
+    pairs = np.concatenate(found, axis=1)
+    keys = np.sort(data.pairs, axis=1) @ [len(vectors), 1]
+    recall = float(np.isin(keys, pairs[0] * len(vectors) + pairs[1]).mean())
+    return Run(0.0, 0.0, seconds, peak_bytes(), compared, recall, 1, f"{pairs.shape[1]} pairs")
+
+
+CONTENDERS: dict[str, tuple[Callable[[Planted, float, float, int], Run], float]] = {
+    OURS: (search_ours, 1.0),
+    SEMDEDUP: (search_semdedup, 1.0),
+    NEARLY: (search_ours, 0.999),
+    LOOSER: (search_ours, 0.995),
+    ALL_PAIRS: (search_all_pairs, 1.0),
+}
+
+
+def one_turn(folder: Path, name: str, cosine: float, num_cells: int) -> Run:
+    contender, recall = CONTENDERS[name]
+    data = load(folder)
+    before = peak_bytes("VmRSS")
+    run = contender(data, cosine, recall, num_cells)
+    return run._replace(peak=run.peak - before)
+
+
+class Grown(NamedTuple):
+    """A search of a set that grew, beside the whole search of it: pairs compared and seconds of search."""
+
+    compared: int
+    seconds: float
+    whole_compared: int
+    whole_seconds: float
+
+
+def grow(folder: Path, cosine: float) -> Grown:
+    """A hundredth of the images come after the others were searched, whose cells and forests are known."""
+    data = load(folder)
+    prints, pairing = prints_of(data.vectors), pairing_of(cosine)
+    old = len(data.vectors) * 100 // 101
+    cells = plan_cells(sample_of(data.vectors[:old]), old, pairing.loosest).cells
+    buckets = Buckets(cells, pairing)
+    before = Prints(prints.print_ids[:old], [], [], prints.groups[:old], prints.signatures.at(slice(0, old)))
+    known = {
+        task: find_forest(members, task.signal, pairing).forest for task, members in buckets.split(before)
+    }
+    del before
+    measured: list[tuple[int, float, np.ndarray]] = []
+    for forests in (known, {}):
+        edges, compared, seconds = [], 0, 0.0
+        for task, members in buckets.split(prints):
+            recalled = [forests[task]] if task in forests else []
+            started = time.perf_counter()
+            found = find_forest(members, task.signal, pairing, recalled)
+            seconds += time.perf_counter() - started
+            edges.append(found.forest.edges)
+            compared += found.num_compared
+        measured.append((compared, seconds, roots_of(components(np.concatenate(edges)), prints)))
+    (compared, seconds, roots), (whole_compared, whole_seconds, whole_roots) = measured
+    assert (roots == whole_roots).all(), "the components are those of the whole search"
+    return Grown(compared, seconds, whole_compared, whole_seconds)
+
+
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _spread(values: list[float], form: str) -> str:
+    median = format(statistics.median(values), form)
+    return (
+        median
+        if len(values) == 1
+        else f"{median} ({format(min(values), form)} to {format(max(values), form)})"
+    )
+
+
+def report(count: int, rounds: list[dict[str, Run]]) -> None:
+    print(
+        "| | fit, s | route, s | search, s | vectors/s | SemDeDup's time / it | recall of planted pairs | pairs of brute force | GB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, one in rounds[0].items():
+        runs = [turns[name] for turns in rounds]
+        columns = [
+            *(
+                _spread([getattr(run, part) for run in runs], ".2f")
+                for part in ("fit_s", "route_s", "search_s")
+            ),
+            _spread([count / run.seconds for run in runs], ",.0f"),
+            _spread([turns[SEMDEDUP].seconds / turns[name].seconds for turns in rounds], ".2f"),
+            f"{one.recall:.4f}",
+            f"{100 * one.compared / (count * (count - 1) / 2):.2f} %",
+            _spread([run.peak / 1e9 for run in runs], ".2f"),
+        ]
+        print(f"| {name} | {' | '.join(columns)} |")
+    for name, run in rounds[0].items():
+        if run.plan:
+            print(f"<!-- {name}: {run.plan} -->")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, nargs="+", default=[10_000, 100_000])
+    parser.add_argument("--dimensions", type=int, default=256)
+    parser.add_argument("--cosine", type=float, default=0.97)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument(
+        "--only", nargs="+", choices=[*CONTENDERS, "increment"], default=[*CONTENDERS, "increment"]
+    )
+    parser.add_argument(
+        "--clusters", type=int, nargs="+", default=CLUSTERS, help="images of each, outermost first"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    print(describe("numpy", "torch", "faiss-cpu"))
+    cosine = arguments.cosine
+    for count in arguments.images:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            planted = draw(count, arguments.dimensions, cosine, arguments.seed, arguments.clusters)
+            for stem, column in planted._asdict().items():
+                np.save(folder / stem, column)
+            num_pairs = len(planted.pairs)
+            del planted
+            print(
+                f"\n{count:,} vectors of {arguments.dimensions}, cosine {cosine}, {num_pairs:,} planted pairs\n"
+            )
+            names = [
+                one
+                for one in CONTENDERS
+                if one in arguments.only and (one != ALL_PAIRS or count <= BRUTE_FORCE_UP_TO)
+            ]
+            rounds = []
+            for _ in range(arguments.rounds):
+                turns: dict[str, Run] = {}
+                for one in names:
+                    num_cells = turns[OURS].cells if OURS in turns else 1
+                    turns[one] = in_own_process(one_turn, folder, one, cosine, num_cells)
+                rounds.append(turns)
+            report(count, rounds)
+            if "increment" in arguments.only:
+                grown = in_own_process(grow, folder, cosine)
+                print(
+                    f"\nOf {count:,} the last 1 % came later: {100 * grown.compared / grown.whole_compared:.2f} % of the pairs of the "
+                    f"whole search, {grown.seconds:.2f} s of search beside {grown.whole_seconds:.2f} s, the same components."
+                )
+
+
+if __name__ == "__main__":
+    main()
