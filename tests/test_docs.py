@@ -36,7 +36,7 @@ def test_flags_that_the_docs_name_exist(page: Path) -> None:
 
     known = {flag(name) for model in (CurateOptions, TrainOptions) for name in model.model_fields}
     known |= {"--config", "--help", "--format", "--no-train", "--train", "--deep", "--keep", "--name"}
-    known |= {"--samples", "--only", "--apply", "--phash"}
+    known |= {"--clusters", "--samples", "--only", "--apply", "--phash"}
     # Of pip, Beam and the benchmarks.
     known |= {
         "--no-deps",

@@ -70,7 +70,9 @@ def test_every_point_is_a_search_of_its_own(
                 where_lost = looser if change.lost_at_looser else stricter
                 assert change.verdict == where_lost[change.verdict.image_id]
     middle = oracle(prints, alone(RULE))
-    assert sum(curves[0].kept[1].values()) == sum(image_id == keeper for image_id, keeper in middle.items())
+    assert sum(curves[0].kept[CURVES["cosine"].index(RULE)].values()) == sum(
+        image_id == keeper for image_id, keeper in middle.items()
+    )
 
 
 def test_groups_and_fixed_images_are_judged_as_a_search_judges_them() -> None:
