@@ -38,8 +38,8 @@ _SLACK = 1e-3
 _LEAST_APART = 0.01
 _ROUTED_AT_ONCE = 1 << 22
 """Vectors times cells; their distances are 16 MB."""
-_MIN_PAIRS = 50
-"""Pairs in the sample from which on it says something about recall."""
+_UNSEEN = 3
+"""Misses that a sample without one still allows, 19 times of 20."""
 
 
 class Cells(NamedTuple):
@@ -124,7 +124,7 @@ def bands(phashes: npt.NDArray[np.uint64], max_bits: int) -> npt.NDArray[np.uint
 
 
 class Estimate(NamedTuple):
-    """What a sample says of K cells: copies of each image that travel, pairs compared as a share of brute force, expected recall."""
+    """What a sample says of K cells: copies of each image that travel, pairs compared as a share of brute force, the recall that it vouches for."""
 
     num_cells: int
     max_guests: int
@@ -143,7 +143,7 @@ class Estimate(NamedTuple):
         kind = (
             "exact"
             if self.max_guests < 0
-            else f"at most {self.max_guests} guest visits, recall {self.recall:.4f},"
+            else f"at most {self.max_guests} guest visits, recall {self.recall:.4f} or more,"
         )
         return (
             f"{self.num_cells} cells, {kind}: {self.copies:.1f} copies, {100 * self.share:.1f} % of the pairs"
@@ -202,7 +202,7 @@ def plan_cells(
     if count <= BRUTE_FORCE_BELOW:
         return Plan(brute_force(count), BRUTE_FORCE, f"{count} images are few")
     sizes = [len(frozen)] if frozen is not None else _sizes(count, len(sample))
-    close = _close_pairs(sample, thresholds.cosine) if recall < 1 else None
+    close = _close_pairs(sample, thresholds.cosine, recall) if recall < 1 else None
     options: list[tuple[float, Estimate, Cells]] = [
         (BRUTE_FORCE.cost(count, dimensions), BRUTE_FORCE, brute_force(count))
     ]
@@ -219,7 +219,7 @@ def plan_cells(
     beside = "; ".join(str(other) for _, other, _ in options if other != estimate)
     unsure = ""
     if recall < 1 and close is None:
-        unsure = f"; the sample has under {_MIN_PAIRS} pairs, too few to tell the recall of less"
+        unsure = "; the sample has too few pairs to tell the recall of less"
     why = f"{cost / options[0][0]:.1%} of the cost of brute force, from a sample of {len(sample)}; beside it {beside}{unsure}"
     return Plan(cells, estimate, why)
 
@@ -230,8 +230,10 @@ def _sizes(count: int, sample: int) -> list[int]:
     return sorted({size for size in (middle // 4, middle, middle * 2) if 2 <= size <= sample // 8})
 
 
-def _close_pairs(sample: npt.NDArray[np.float16], cosine: float) -> npt.NDArray[np.intp] | None:
-    """Rows of pairs that reach the threshold, (P, 2), at most a quarter as many as vectors; None where they are too few."""
+def _close_pairs(
+    sample: npt.NDArray[np.float16], cosine: float, recall: float
+) -> npt.NDArray[np.intp] | None:
+    """Rows of pairs that reach the threshold, (P, 2), at most a quarter as many as vectors; None where they are too few to tell this recall."""
     wide = sample.astype(np.float32)
     found = []
     for start in range(0, len(wide), 1024):
@@ -239,7 +241,7 @@ def _close_pairs(sample: npt.NDArray[np.float16], cosine: float) -> npt.NDArray[
         found.append(start + np.stack([row, column], axis=1)[row < column])
     pairs = np.concatenate(found)
     some = np.random.default_rng(0).permutation(len(pairs))[: len(sample) // 4]
-    return pairs[some] if len(pairs) >= _MIN_PAIRS else None
+    return pairs[some] if len(some) * (1 - recall) >= _UNSEEN else None
 
 
 def _estimate(
@@ -271,7 +273,9 @@ def _estimate(
             | np.isin(ours * num_cells + homes[theirs], pairs_met)
             | np.isin(theirs * num_cells + homes[ours], pairs_met)
         )
-        recall = float(met.mean())
+        # Of misses that are so many in a sample, as many more may be due, 19 times of 20.
+        missed = int((~met).sum())
+        recall = 1 - (missed + 2 * math.sqrt(missed) + _UNSEEN) / len(met)
     share = float((residents**2 + 2 * residents * guests).sum()) / num**2
     estimate = Estimate(num_cells, cells.max_guests, float(1 + guests.sum() / num), share, recall)
     return estimate, cells._replace(parts=np.array([_parts(size * count / num) for size in residents]))
