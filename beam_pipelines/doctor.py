@@ -20,7 +20,17 @@ class Check(NamedTuple):
     advice: str = ""
 
 
-PACKAGES = ("apache-beam", "pyarrow", "numpy", "protobuf", "faiss-cpu", "torch", "torchvision", "timm", "transformers")
+PACKAGES = (
+    "apache-beam",
+    "pyarrow",
+    "numpy",
+    "protobuf",
+    "faiss-cpu",
+    "torch",
+    "torchvision",
+    "timm",
+    "transformers",
+)
 MIN_PILLOW = 13
 MIN_FREE_BYTES = 5 << 30
 

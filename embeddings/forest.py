@@ -231,8 +231,8 @@ class _Trees:
         self._open = []
         self.join(pairs[:, 0], pairs[:, 1])
 
-    def join(self, ours: npt.NDArray[np.intp], theirs: npt.NDArray[np.intp], keep: bool = True) -> None:
-        """Add pairs; those that join trees become edges, if `keep`."""
+    def join(self, ours: npt.NDArray[np.intp], theirs: npt.NDArray[np.intp]) -> None:
+        """Add pairs; those that join trees become edges."""
         a, b = self.label[ours], self.label[theirs]
         apart = np.flatnonzero(a != b)
         if not len(apart):
@@ -245,8 +245,7 @@ class _Trees:
         graph = coo_matrix((np.arange(1, len(pairs) + 1), (low, high)), (len(labels),) * 2)
         tree = minimum_spanning_tree(graph)
         chosen = apart[first[tree.data.astype(np.intp) - 1]]
-        if keep:
-            self.edges.append(np.stack([ours[chosen], theirs[chosen]], axis=1))
+        self.edges.append(np.stack([ours[chosen], theirs[chosen]], axis=1))
         _, component = connected_components(tree, directed=False)
         smallest = np.full(component.max() + 1, labels[-1])
         np.minimum.at(smallest, component, labels)
