@@ -154,13 +154,15 @@ def peak_bytes(of: str = "VmHWM") -> int:
     return next(int(line.split()[1]) << 10 for line in status if line.startswith(of))
 
 
-def search_ours(data: Planted, cosine: float, recall: float, _: int) -> Run:
+def search_ours(data: Planted, cosine: float, recall: float, _: int, device: str) -> Run:
     prints, pairing = prints_of(data.vectors), pairing_of(cosine)
     started = time.perf_counter()
     plan = plan_cells(sample_of(data.vectors), len(data.vectors), pairing.loosest, recall)
     planned = time.perf_counter()
     route = Stopwatch()
-    joined, compared = join_duplicates(route.over(Buckets(plan.cells, pairing).split(prints)), pairing)
+    joined, compared = join_duplicates(
+        route.over(Buckets(plan.cells, pairing).split(prints)), pairing, device
+    )
     search_s = time.perf_counter() - planned - route.seconds
     peak = peak_bytes()
     roots = roots_of(joined, prints)[data.pairs]
@@ -171,7 +173,7 @@ def search_ours(data: Planted, cosine: float, recall: float, _: int) -> Run:
     )
 
 
-def search_semdedup(data: Planted, cosine: float, _: float, num_cells: int) -> Run:
+def search_semdedup(data: Planted, cosine: float, _: float, num_cells: int, device: str) -> Run:
     started = time.perf_counter()
     centroids = fit(sample_of(data.vectors), num_cells)
     fitted = time.perf_counter()
@@ -189,7 +191,7 @@ def search_semdedup(data: Planted, cosine: float, _: float, num_cells: int) -> R
     duplicates = 0
     for rows in np.split(order, np.cumsum(sizes)[:-1]):
         if len(rows):
-            vectors = torch.from_numpy(data.vectors[rows]).float()
+            vectors = torch.from_numpy(data.vectors[rows]).to(device).float()
             scores = torch.triu(vectors @ vectors.T, diagonal=1)
             duplicates += int((scores.max(dim=0).values >= cosine).sum())
     searched = time.perf_counter()
@@ -201,17 +203,17 @@ def search_semdedup(data: Planted, cosine: float, _: float, num_cells: int) -> R
     )
 
 
-def search_all_pairs(data: Planted, cosine: float, recall: float, _: int) -> Run:
+def search_all_pairs(data: Planted, cosine: float, recall: float, _: int, device: str) -> Run:
     """The product of each block of rows with those from it on; every pair that reaches the threshold is among what is drawn."""
     started = time.perf_counter()
-    vectors = torch.from_numpy(data.vectors).float()
+    vectors = torch.from_numpy(data.vectors).to(device).float()
     compared, found = 0, []
     for start in range(0, len(vectors), 1024):
         block = vectors[start : start + 1024]
         for right in range(start, len(vectors), 8192):
             scores = block @ vectors[right : right + 8192].T
             compared += scores.numel()
-            row, column = (scores >= cosine).nonzero().numpy().T
+            row, column = (scores >= cosine).nonzero().cpu().numpy().T
             row, column = row + start, column + right
             found.append(np.stack([row, column])[:, row < column])
     seconds = time.perf_counter() - started
@@ -221,7 +223,7 @@ def search_all_pairs(data: Planted, cosine: float, recall: float, _: int) -> Run
     return Run(0.0, 0.0, seconds, peak_bytes(), compared, recall, 1, f"{pairs.shape[1]} pairs")
 
 
-CONTENDERS: dict[str, tuple[Callable[[Planted, float, float, int], Run], float]] = {
+CONTENDERS: dict[str, tuple[Callable[[Planted, float, float, int, str], Run], float]] = {
     OURS: (search_ours, 1.0),
     SEMDEDUP: (search_semdedup, 1.0),
     NEARLY: (search_ours, 0.999),
@@ -230,11 +232,11 @@ CONTENDERS: dict[str, tuple[Callable[[Planted, float, float, int], Run], float]]
 }
 
 
-def one_turn(folder: Path, name: str, cosine: float, num_cells: int) -> Run:
+def one_turn(folder: Path, name: str, cosine: float, num_cells: int, device: str) -> Run:
     contender, recall = CONTENDERS[name]
     data = load(folder)
     before = peak_bytes("VmRSS")
-    run = contender(data, cosine, recall, num_cells)
+    run = contender(data, cosine, recall, num_cells, device)
     return run._replace(peak=run.peak - before)
 
 
@@ -275,6 +277,19 @@ def grow(folder: Path, cosine: float) -> Grown:
     return Grown(compared, seconds, whole_compared, whole_seconds)
 
 
+def bare_products_s(dimensions: int, device: str) -> float:
+    """Seconds that the product of a pair of vectors takes this device in large blocks: what no search can be faster than."""
+    block = torch.ones(
+        8192, dimensions, device=device, dtype=torch.float16 if device != "cpu" else torch.float32
+    )
+    times = []
+    for _ in range(4):
+        started = time.perf_counter()
+        (block @ block.T)[0, 0].item()  # waits for the device
+        times.append(time.perf_counter() - started)
+    return min(times) / len(block) ** 2
+
+
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
@@ -302,7 +317,9 @@ def report(count: int, rounds: list[dict[str, Run]]) -> None:
                 for part in ("fit_s", "route_s", "search_s")
             ),
             _spread([count / run.seconds for run in runs], ",.0f"),
-            _spread([turns[SEMDEDUP].seconds / turns[name].seconds for turns in rounds], ".2f"),
+            _spread([turns[SEMDEDUP].seconds / turns[name].seconds for turns in rounds], ".2f")
+            if SEMDEDUP in rounds[0]
+            else "",
             f"{one.recall:.4f}",
             f"{100 * one.compared / (count * (count - 1) / 2):.2f} %",
             _spread([run.peak / 1e9 for run in runs], ".2f"),
@@ -326,6 +343,7 @@ def main() -> None:
         "--clusters", type=int, nargs="+", default=CLUSTERS, help="images of each, outermost first"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="where vectors are compared, as cuda")
     arguments = parser.parse_args()
     print(describe("numpy", "torch", "faiss-cpu"))
     cosine = arguments.cosine
@@ -350,9 +368,12 @@ def main() -> None:
                 turns: dict[str, Run] = {}
                 for one in names:
                     num_cells = turns[OURS].cells if OURS in turns else 1
-                    turns[one] = in_own_process(one_turn, folder, one, cosine, num_cells)
+                    turns[one] = in_own_process(one_turn, folder, one, cosine, num_cells, arguments.device)
                 rounds.append(turns)
             report(count, rounds)
+            floor = bare_products_s(arguments.dimensions, arguments.device)
+            for one, run in rounds[0].items():
+                print(f"<!-- {one}: {run.compared * floor:.2f} s for the bare products of as many pairs -->")
             if "increment" in arguments.only:
                 grown = in_own_process(grow, folder, cosine)
                 print(

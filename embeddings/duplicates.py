@@ -338,10 +338,12 @@ def _verdict(prints: Prints, loser: int, keepers: npt.NDArray[np.intp], pairing:
     keeper = int(keepers[best])
     by_cosine = compared.by_cosine[best]
     elsewhere = bool(pairing.fixed[prints.groups[keeper]])
+    near, against = ("near_cosine", "against_cosine") if by_cosine else ("near_phash", "against_phash")
+    code = against if elsewhere else near
     return Verdict(
         image_id=prints.ids[loser],
         keeper_id=prints.ids[keeper],
-        code=("against" if elsewhere else "near") + ("_cosine" if by_cosine else "_phash"),
+        code=code,
         score=float(compared.scores[best] if by_cosine else compared.bits[best]),
         threshold=float(cosine[best] if by_cosine else phash_bits[best]),
         structure_distance=int(compared.distances[best]),

@@ -1,6 +1,10 @@
 """What several rooms' tests share: real images, a Cloud Storage."""
 
 import os
+
+# Before torch and faiss load it: tests fork, and a child has none of the threads that its parent's OpenMP counts on.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -60,6 +60,8 @@ def _unpacked(target: ast.expr, value: ast.expr):
         yield from _unpacked(target, value.body)
         yield from _unpacked(target, value.orelse)
     elif isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+        if any(isinstance(part, ast.Starred) for part in (*target.elts, *value.elts)):
+            return
         for inner, part in zip(target.elts, value.elts, strict=True):
             yield from _unpacked(inner, part)
 

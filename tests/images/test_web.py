@@ -908,7 +908,7 @@ def test_control_c_ends_it_at_once(tmp_path: Path) -> None:
         while not server.requests:
             time.sleep(0.01)
         child.send_signal(signal.SIGINT)
-        _, errors = child.communicate(timeout=5)
+        _, errors = child.communicate(timeout=20)
     assert child.returncode == -signal.SIGINT
     assert errors.count("Traceback") == 1 and errors.rstrip().endswith("KeyboardInterrupt"), errors
 

@@ -200,6 +200,7 @@ def run(out: Path, folder: Path, runner: str) -> Snapshot:
             "synthesised": nothing,
             "encoders": pipeline | "Encoders" >> beam.Create(["e n"]),
             "benchmarks": nothing,
+            "searched": nothing,
         } | Commit(to, RunFacts("", {"max_shard_size": 10_000}, {}))
     return open_snapshot(str(out))
 
