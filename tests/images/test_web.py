@@ -907,6 +907,7 @@ def test_control_c_ends_it_at_once(tmp_path: Path) -> None:
         assert child.stdout is not None and child.stdout.readline() == "under way\n"
         while not server.requests:
             time.sleep(0.01)
+        time.sleep(0.5)  # until all are handed over: a coroutine that is interrupted on its way warns
         child.send_signal(signal.SIGINT)
         _, errors = child.communicate(timeout=20)
     assert child.returncode == -signal.SIGINT
