@@ -205,16 +205,22 @@ class NamedImage(NamedTuple):
     caption: str
 
 
+class PlannedType(NamedTuple):
+    """An instruction type chosen for an image, the names of the tags that argue for it, best first, and the sum of their scores."""
+
+    instruction_type: str
+    argued_by: Sequence[str]
+    score_milli: int
+
+
 class PlannedImage(NamedTuple):
-    """A kept image, the instruction type chosen for it, and the tags that argued for it."""
+    """A kept image and the instruction types chosen for it, best first; at least one."""
 
     image_id: bytes
     source_image: SourceImage
     tags: Sequence[Tag]
     caption: str
-    instruction_type: str
-    argued_by: Sequence[str]
-    score_milli: int
+    types: Sequence[PlannedType]
 
 
 class Call(NamedTuple):

@@ -7,17 +7,18 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Self
 
 import httpx
 import tenacity
 from PIL import Image
 
-from shards.errors import BadData, BadRequest
+from shards.errors import BadRequest
 from shards.retry_after import retry_after_s
+from synthesis.backend import Ask, Picture, Reply, VlmFailure
 
 MAX_RESPONSE_BYTES = 4 * 2**20
 MAX_ANSWER_CHARS = 2**16
@@ -43,34 +44,6 @@ CALL_PARAMETERS: Mapping[str, CallParameters] = {
     "answer_text_only": CallParameters(96, 0.0, 0),
 }
 """Call parameters by prompt name."""
-
-
-class VlmFailure(BadData):
-    """A call that brought no usable answer: it becomes a dead letter under `code`.
-
-    `status` is the HTTP status where there was one. `transient` failures were tried again first.
-    """
-
-    def __init__(
-        self, code: str, message: str, status: int = 0, transient: bool = False, retry_after_s: float = 0.0
-    ) -> None:
-        super().__init__(code, message)
-        self.message, self.status = message, status
-        self.transient, self.retry_after_s = transient, retry_after_s
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return VlmFailure, (self.code, self.message, self.status, self.transient, self.retry_after_s)
-
-
-class ChatBackend(Protocol):
-    """What synthesis needs of a model. Raises VlmFailure and nothing else for what one request can do wrong."""
-
-    @property
-    def model(self) -> str: ...
-
-    def chat(
-        self, prompt: str, image_jpeg: bytes | None, *, max_tokens: int, temperature: float = 0.0, seed: int
-    ) -> str: ...
 
 
 @dataclass
@@ -144,25 +117,28 @@ class ChatClient:
         except (KeyError, TypeError):
             raise VlmFailure("vlm_bad_response", "the list of models has no data[].id") from None
 
-    def chat(
-        self, prompt: str, image_jpeg: bytes | None, *, max_tokens: int, temperature: float = 0.0, seed: int
-    ) -> str:
+    def chat(self, ask: Ask, affinity: bytes = b"") -> Reply:
         """Ask once and return the raw text of the answer. Raises VlmFailure.
 
-        The image goes before the text, as base64: servers that cache prefixes then see one image's calls begin alike.
+        Images go before the text, as base64: servers that cache prefixes then see one image's calls begin alike.
         """
-        content: list[dict[str, Any]] = [{"type": "text", "text": prompt}]
-        if image_jpeg is not None:
-            url = "data:image/jpeg;base64," + base64.b64encode(image_jpeg).decode()
-            content.insert(0, {"type": "image_url", "image_url": {"url": url}})
-        body = {
+        content: list[dict[str, Any]] = []
+        for picture in ask.pictures:
+            url = "data:image/jpeg;base64," + base64.b64encode(picture.load()).decode()
+            content.append({"type": "image_url", "image_url": {"url": url}})
+        content.append({"type": "text", "text": ask.prompt})
+        body: dict[str, Any] = {
             "model": self.model,
-            "messages": [{"role": "user", "content": content if image_jpeg is not None else prompt}],
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "seed": seed,
+            "messages": [{"role": "user", "content": content if ask.pictures else ask.prompt}],
+            "max_tokens": ask.max_tokens,
+            "temperature": ask.temperature,
+            "seed": ask.seed,
         }
-        return _answer_of(self._retrying("POST", "/chat/completions", body))
+        if ask.schema:
+            named = {"name": "answer", "strict": True, "schema": json.loads(ask.schema)}
+            body["response_format"] = {"type": "json_schema", "json_schema": named}
+        reply = self._retrying("POST", "/chat/completions", body)
+        return Reply(_answer_of(reply), *_usage_of(reply))
 
     def _retrying(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
         end = time.monotonic() + self.budget_s
@@ -243,11 +219,11 @@ def probe(client: ChatClient, allow_text_only: bool) -> ProbeResult:
         except VlmFailure as failure:
             raise _does_not_answer(client, failure) from None
     with replace(client, model=model, max_attempts=min(2, client.max_attempts)) as asking:
-        refusal = _refusal(asking, _plain_jpeg())
+        refusal = _refusal(asking, [Picture("plain", _plain_jpeg)])
         if refusal is None:
             return ProbeResult(model, sees_images=True)
         # Servers refuse images with 4xx or 500 (llama.cpp). If the same words alone are answered, it was the image.
-        words = _refusal(asking, None)
+        words = _refusal(asking, [])
     if words is not None or not (refusal.code == "vlm_refused" or refusal.status in (500, 501)):
         raise _does_not_answer(client, words or refusal)
     if not allow_text_only:
@@ -271,9 +247,9 @@ def _served_model(client: ChatClient, served: list[str]) -> str:
     raise BadRequest(f"vlm-model: {client.base_url} does not serve '{client.model}'; {hint}")
 
 
-def _refusal(client: ChatClient, image_jpeg: bytes | None) -> VlmFailure | None:
+def _refusal(client: ChatClient, pictures: Sequence[Picture]) -> VlmFailure | None:
     try:
-        client.chat(_PROBE_QUESTION, image_jpeg, max_tokens=8, seed=0)
+        client.chat(Ask(_PROBE_QUESTION, pictures, max_tokens=8))
     except VlmFailure as failure:
         return None if failure.code == "vlm_empty" else failure
     return None
@@ -336,6 +312,16 @@ def _failure_of(status: int, headers: httpx.Headers, body: str) -> VlmFailure:
     return VlmFailure(
         code, message, status, transient, retry_after_s(headers.get("retry-after", "")) if transient else 0.0
     )
+
+
+def _usage_of(reply: Any) -> tuple[int, int]:
+    """Tokens of the prompt and of the answer, 0 where the server does not count them."""
+    usage = reply.get("usage")
+    counts = [
+        usage.get(name) if isinstance(usage, dict) else 0 for name in ("prompt_tokens", "completion_tokens")
+    ]
+    prompt, completion = (count if isinstance(count, int) and count >= 0 else 0 for count in counts)
+    return prompt, completion
 
 
 def _answer_of(reply: Any) -> str:

@@ -5,7 +5,8 @@ import unicodedata
 from collections.abc import Sequence
 
 from shards.records import Call, PlannedImage, Provenance, Tag, Turn
-from synthesis.client import CALL_PARAMETERS, ChatBackend, VlmFailure
+from synthesis.backend import Ask, ChatBackend, Picture, VlmFailure
+from synthesis.client import CALL_PARAMETERS
 from synthesis.prompts import Prompt, PromptPair
 from synthesis.taxonomy import levels_of
 
@@ -26,34 +27,35 @@ _QUOTES = "\"'`\u201c\u201d\u2018\u2019 *"
 
 
 def synthesise(
-    planned: PlannedImage, image_jpeg: bytes | None, client: ChatBackend, prompts: PromptPair
+    planned: PlannedImage, picture: Picture | None, client: ChatBackend, prompts: PromptPair
 ) -> tuple[tuple[Turn, Turn], Provenance]:
     """One question about the image and its answer, as a conversation, and how they came to be.
 
-    With `image_jpeg` the model sees the image; without it the model is told tags and caption, and the provenance says so. Two calls.
+    With `picture` the model sees the image; without it the model is told tags and caption, and the provenance says so. Two calls.
     Raises VlmFailure: the client's own codes, `vlm_bad_question` and `vlm_bad_answer` for what was not usable, and
     `vlm_no_evidence` where there is neither image nor tag nor caption to ask about.
     """
-    evidence = _evidence_of(planned, image_jpeg)
-    asked = _ask(prompts.question, evidence, image_jpeg, client)
+    evidence = _evidence_of(planned, picture)
+    asked = _ask(prompts.question, evidence, picture, client)
     question = clean_question(asked.answer)
     check_question(question, asked.prompt)
-    told = _ask(prompts.answer, evidence | {"question": question}, image_jpeg, client)
+    told = _ask(prompts.answer, evidence | {"question": question}, picture, client)
     answer = clean_answer(told.answer)
     check_answer(answer, question)
     conversation = (Turn("human", f"{IMAGE_TOKEN}\n{question}"), Turn("gpt", answer))
-    generator = "text-only" if image_jpeg is None else "vlm"
+    best = planned.types[0]
+    generator = "text-only" if picture is None else "vlm"
     return conversation, Provenance(
-        generator, client.model, planned.instruction_type, planned.argued_by, (asked, told)
+        generator, client.model, best.instruction_type, best.argued_by, (asked, told)
     )
 
 
-def _evidence_of(planned: PlannedImage, image_jpeg: bytes | None) -> dict[str, object]:
+def _evidence_of(planned: PlannedImage, picture: Picture | None) -> dict[str, object]:
     caption = " ".join(plain_text(planned.caption).split())[:MAX_CAPTION_CHARS]
     tags = _tag_words(planned.tags)
-    if image_jpeg is None and not caption and not tags:
+    if picture is None and not caption and not tags:
         raise VlmFailure("vlm_no_evidence", "a model that sees no image needs a caption or a tag")
-    family, group, task = levels_of(planned.instruction_type)
+    family, group, task = levels_of(planned.types[0].instruction_type)
     return {"caption": caption, "tags": tags, "family": family, "group": group, "task": task}
 
 
@@ -62,10 +64,11 @@ def _tag_words(tags: Sequence[Tag]) -> list[str]:
     return list(dict.fromkeys(name for name in names if name))[:MAX_TAGS]
 
 
-def _ask(prompt: Prompt, known: dict[str, object], image_jpeg: bytes | None, client: ChatBackend) -> Call:
+def _ask(prompt: Prompt, known: dict[str, object], picture: Picture | None, client: ChatBackend) -> Call:
     text = prompt.render(**{name: known[name] for name in prompt.inputs})
     parameters = CALL_PARAMETERS[prompt.name]
-    return Call(prompt.prompt_id, text, client.chat(text, image_jpeg, **parameters._asdict()))
+    ask = Ask(text, () if picture is None else (picture,), **parameters._asdict())
+    return Call(prompt.prompt_id, text, client.chat(ask).text)
 
 
 def plain_text(text: str) -> str:

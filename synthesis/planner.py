@@ -8,18 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shards.errors import BadRequest
-from shards.records import Tag
+from shards.records import PlannedType, Tag
 from synthesis.taxonomy import Taxonomy, load_taxonomy, read_yaml
 
 TAG_TYPES = Path(__file__).parent / "data" / "tag_types.yaml"
-
-
-class Plan(NamedTuple):
-    """The instruction type for an image, the names of the tags that argue for it, best first, and the sum of their scores."""
-
-    instruction_type: str
-    argued_by: tuple[str, ...]
-    score_milli: int
 
 
 class TagTable(NamedTuple):
@@ -43,7 +35,7 @@ class LookupPlanner:
     def __init__(self, table: TagTable | None = None) -> None:
         self.table = table or load_tag_table(load_taxonomy())
 
-    def plan(self, image_id: bytes, tags: Sequence[Tag]) -> Plan:
+    def plan(self, image_id: bytes, tags: Sequence[Tag]) -> PlannedType:
         """The type with the greatest sum of the scores of the tags that argue for it.
 
         An image whose tags argue for nothing gets one of the default types with score 0. sha256(image_id, type) breaks ties, so
@@ -59,7 +51,7 @@ class LookupPlanner:
         tied = [name for name, score in scores.items() if score == best] or self.table.default
         chosen = min(tied, key=lambda name: hashlib.sha256(image_id + name.encode()).digest())
         argued_by = sorted(arguing.get(chosen, []), key=lambda tag: (-tag.score_milli, tag.name))
-        return Plan(chosen, tuple(tag.name for tag in argued_by), best)
+        return PlannedType(chosen, [tag.name for tag in argued_by], best)
 
 
 def load_tag_table(taxonomy: Taxonomy, path: Path | None = None) -> TagTable:

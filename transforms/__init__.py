@@ -16,6 +16,7 @@ for _record in (
     records.TaggedImage,
     records.ImageFate,
     records.NamedImage,
+    records.PlannedType,
     records.PlannedImage,
     records.Sample,
     records.Decision,

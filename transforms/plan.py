@@ -10,16 +10,8 @@ from synthesis.planner import LookupPlanner
 
 def plan_image(image: NamedImage, planner: LookupPlanner) -> PlannedImage:
     """The image with the type that the planner chose and the tags that argued for it."""
-    plan = planner.plan(image.image_id, image.tags)
-    return PlannedImage(
-        image.image_id,
-        image.source_image,
-        image.tags,
-        image.caption,
-        plan.instruction_type,
-        list(plan.argued_by),
-        plan.score_milli,
-    )
+    types = [planner.plan(image.image_id, image.tags)]
+    return PlannedImage(image.image_id, image.source_image, image.tags, image.caption, types)
 
 
 @dataclass
@@ -39,6 +31,8 @@ class PlanInstructions(beam.PTransform):
         return (
             planned
             | "TakeBest"
-            >> beam.combiners.Top.Smallest(self.max_images, key=lambda p: (-p.score_milli, p.image_id))
+            >> beam.combiners.Top.Smallest(
+                self.max_images, key=lambda p: (-p.types[0].score_milli, p.image_id)
+            )
             | "Unlist" >> beam.FlatMap(list).with_output_types(PlannedImage)
         )

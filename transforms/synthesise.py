@@ -1,5 +1,6 @@
 """Synthesise: planned images -> samples whose conversation a model wrote."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,12 +11,13 @@ from apache_beam.metrics import Metrics
 from apache_beam.pvalue import TaggedOutput
 from apache_beam.typehints.decorators import no_annotations
 
-from images.decode import as_jpeg
+from images.decode import DECODER, as_jpeg
 from images.fetch import Reach, decoders_of
 from images.sandbox import DecodePool
 from shards.errors import BadData
 from shards.ids import sample_id_of
 from shards.records import DeadLetter, PlannedImage, Sample
+from synthesis.backend import Picture
 from synthesis.client import ChatClient
 from synthesis.generate import synthesise
 from synthesis.prompts import PromptPair
@@ -40,15 +42,11 @@ class Backend(NamedTuple):
 def synthesise_sample(planned: PlannedImage, backend: Backend, pool: DecodePool) -> Sample | DeadLetter:
     """One question and one answer about an image as a sample, or the dead letter of the call that failed.
 
-    The bytes are read again by reference and their hash is checked; the model gets our own re-encoding, or, where it sees no
-    images, tags and caption.
+    The model gets the image, or, where it sees none, tags and caption.
     """
     try:
-        jpeg = None
-        if backend.max_pixels is not None:
-            encoded = fetcher_of(backend.reach).fetch_again(planned.source_image.ref, planned.image_id)
-            jpeg = pool.run(as_jpeg, encoded, backend.max_pixels, backend.reach.limits)
-        conversation, provenance = synthesise(planned, jpeg, backend.client, backend.prompts)
+        picture = None if backend.max_pixels is None else picture_of(planned, backend, pool)
+        conversation, provenance = synthesise(planned, picture, backend.client, backend.prompts)
     except BadData as error:
         return dead_letter(planned.image_id, STAGE, error.code, planned.source_image.origin, str(error))
     return Sample(
@@ -64,6 +62,18 @@ def synthesise_sample(planned: PlannedImage, backend: Backend, pool: DecodePool)
         extra_json="{}",
         provenance=provenance,
     )
+
+
+def picture_of(planned: PlannedImage, backend: Backend, pool: DecodePool) -> Picture:
+    """An image as the model gets it: read again by reference, its hash checked, and re-encoded by us."""
+    max_pixels, reach = backend.max_pixels, backend.reach
+
+    @functools.cache
+    def load() -> bytes:
+        encoded = fetcher_of(reach).fetch_again(planned.source_image.ref, planned.image_id)
+        return pool.run(as_jpeg, encoded, max_pixels, reach.limits)
+
+    return Picture(f"{planned.image_id.hex()}, {max_pixels} pixels, {DECODER}, JPEG 90", load)
 
 
 class _Synthesise(beam.DoFn):

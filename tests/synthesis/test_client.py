@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from shards.errors import BadData, BadRequest
-from synthesis.client import ChatClient, ProbeResult, VlmFailure, probe
+from synthesis.backend import Ask, Picture, VlmFailure
+from synthesis.client import ChatClient, ProbeResult, probe
 
 KEY = "canary-7f3a9c"
 Reply = Callable[[BaseHTTPRequestHandler], None]
@@ -120,7 +121,8 @@ def client_of(hostile: Hostile, waits: list[float] | None = None, **options: Any
 
 def chat(client: ChatClient, image: bytes | None = None) -> str:
     with client:
-        return client.chat("Why?", image, max_tokens=7, seed=1)
+        pictures = [] if image is None else [Picture("a recipe", lambda: image)]
+        return client.chat(Ask("Why?", pictures, max_tokens=7, seed=1)).text
 
 
 @pytest.mark.parametrize(
@@ -238,16 +240,16 @@ def test_the_key_is_sent_and_found_nowhere_else(hostile: Hostile, monkeypatch: p
     client.sleep = time.sleep
     hostile.replies = [says("ok"), status(400, f"bad key {KEY}")]
     client.open()
-    assert client.chat("Why?", None, max_tokens=1, seed=0) == "ok"
+    assert client.chat(Ask("Why?")).text == "ok"
     assert hostile.headers[0]["authorization"] == f"Bearer {KEY}"
     with pytest.raises(VlmFailure) as caught:
-        client.chat("Why?", None, max_tokens=1, seed=0)
+        client.chat(Ask("Why?"))
     pickled = pickle.dumps(client)
     assert KEY.encode() not in pickled and KEY not in repr(client) + repr(vars(client)) + str(caught.value)
     client.close()
     with pickle.loads(pickled) as again:
         hostile.replies = [says("again")]
-        assert again.chat("Why?", None, max_tokens=1, seed=0) == "again"
+        assert again.chat(Ask("Why?")).text == "again"
     assert again == client
 
 

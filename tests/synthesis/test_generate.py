@@ -2,8 +2,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from shards.records import MediaRef, Origin, PlannedImage, SourceImage, Tag, Turn
-from synthesis.client import CALL_PARAMETERS, VlmFailure
+from shards.records import MediaRef, Origin, PlannedImage, PlannedType, SourceImage, Tag, Turn
+from synthesis.backend import Ask, Picture, Reply, VlmFailure
+from synthesis.client import CALL_PARAMETERS
 from synthesis.generate import (
     check_answer,
     check_question,
@@ -23,28 +24,27 @@ class Scripted:
     model = "scripted"
 
     def __init__(self, *answers: str) -> None:
-        self.answers, self.asked = list(answers), list[tuple[str, bytes | None, dict[str, float]]]()
+        self.answers, self.asked = list(answers), list[Ask]()
 
-    def chat(
-        self, prompt: str, image_jpeg: bytes | None, *, max_tokens: int, temperature: float = 0.0, seed: int
-    ) -> str:
-        self.asked.append(
-            (prompt, image_jpeg, {"max_tokens": max_tokens, "temperature": temperature, "seed": seed})
-        )
-        return self.answers.pop(0)
+    def chat(self, ask: Ask, affinity: bytes = b"") -> Reply:
+        self.asked.append(ask)
+        return Reply(self.answers.pop(0))
+
+
+PICTURE = Picture("a recipe", lambda: b"jpeg")
 
 
 def planned(
     caption: str = "a cup of espresso", tags: Sequence[Tag] = (Tag("espresso", 900),)
 ) -> PlannedImage:
     source = SourceImage(Origin(0, "s", "a.jpg", 0), MediaRef("a.jpg", 0, -1))
-    return PlannedImage(b"i" * 32, source, tags, caption, FOOD, ["espresso"], 900)
+    return PlannedImage(b"i" * 32, source, tags, caption, [PlannedType(FOOD, ["espresso"], 900)])
 
 
 def test_with_an_image() -> None:
     client = Scripted('Question: "What is in the cup?"', "Answer: Espresso.")
     pair = load_prompt_pair(sees_images=True)
-    conversation, provenance = synthesise(planned(), b"jpeg", client, pair)
+    conversation, provenance = synthesise(planned(), PICTURE, client, pair)
     assert conversation == (Turn("human", "<image>\nWhat is in the cup?"), Turn("gpt", "Espresso."))
     assert (provenance.generator, provenance.model, provenance.instruction_type) == ("vlm", "scripted", FOOD)
     assert [call.prompt_id for call in provenance.calls] == [pair.question.prompt_id, pair.answer.prompt_id]
@@ -52,17 +52,18 @@ def test_with_an_image() -> None:
         'Question: "What is in the cup?"',
         "Answer: Espresso.",
     ]
-    assert [call.prompt for call in provenance.calls] == [prompt for prompt, _, _ in client.asked]
-    assert [image for _, image, _ in client.asked] == [b"jpeg", b"jpeg"]
-    assert client.asked[0][2] == CALL_PARAMETERS["question"]._asdict()
-    assert "Identify food" in client.asked[0][0] and "What is in the cup?" in client.asked[1][0]
+    assert [call.prompt for call in provenance.calls] == [ask.prompt for ask in client.asked]
+    assert [ask.pictures for ask in client.asked] == [(PICTURE,), (PICTURE,)]
+    first, second = client.asked
+    assert (first.max_tokens, first.temperature, first.seed) == CALL_PARAMETERS["question"]
+    assert "Identify food" in first.prompt and "What is in the cup?" in second.prompt
 
 
 def test_without_an_image_it_says_so() -> None:
     client = Scripted("What kind of cup is it?", "It is a cup of espresso.")
     _, provenance = synthesise(planned(), None, client, load_prompt_pair(sees_images=False))
     assert provenance.generator == "text-only"
-    assert all(image is None and "a cup of espresso" in prompt for prompt, image, _ in client.asked)
+    assert all(not ask.pictures and "a cup of espresso" in ask.prompt for ask in client.asked)
 
 
 def test_without_any_evidence_nothing_is_asked() -> None:
@@ -132,5 +133,5 @@ def test_bad_answers(answer: str) -> None:
 def test_a_bad_question_saves_the_second_call() -> None:
     client = Scripted("I see a cup.")
     with pytest.raises(VlmFailure, match="question mark"):
-        synthesise(planned(), b"jpeg", client, load_prompt_pair(sees_images=True))
+        synthesise(planned(), PICTURE, client, load_prompt_pair(sees_images=True))
     assert len(client.asked) == 1

@@ -14,9 +14,10 @@ import httpx
 import pytest
 
 from shards.errors import BadRequest, RunFailed
-from shards.records import MediaRef, Origin, PlannedImage, SourceImage, Tag
+from shards.records import MediaRef, Origin, PlannedImage, PlannedType, SourceImage, Tag
 from synthesis import local_server
-from synthesis.client import ChatClient, ProbeResult, VlmFailure, probe
+from synthesis.backend import Picture, VlmFailure
+from synthesis.client import ChatClient, ProbeResult, probe
 from synthesis.generate import synthesise
 from synthesis.local_server import MODEL_NAME, find_weights, serve_smollm2
 from synthesis.prompts import load_prompt_pair
@@ -52,7 +53,9 @@ def children() -> list[str]:
 def planned(caption: str, *tags: str) -> PlannedImage:
     source = SourceImage(Origin(0, "s", "a.jpg", 0), MediaRef("a.jpg", 0, -1))
     kind = "Coarse Perception/Image Topic/Identify animals"
-    return PlannedImage(b"i" * 32, source, [Tag(tag, 900) for tag in tags], caption, kind, list(tags), 900)
+    return PlannedImage(
+        b"i" * 32, source, [Tag(tag, 900) for tag in tags], caption, [PlannedType(kind, list(tags), 900)]
+    )
 
 
 def test_it_reads_text_and_refuses_images(base_url: str) -> None:
@@ -79,7 +82,8 @@ def test_it_writes_about_captions_and_tags_and_repeats_itself(base_url: str) -> 
 
 def test_an_image_it_cannot_see_is_a_failure_not_an_answer(base_url: str) -> None:
     with ChatClient(base_url, MODEL_NAME, max_attempts=1) as client, pytest.raises(VlmFailure) as caught:
-        synthesise(planned("A cat"), b"\xff\xd8", client, load_prompt_pair(sees_images=True))
+        picture = Picture("a recipe", lambda: b"\xff\xd8")
+        synthesise(planned("A cat"), picture, client, load_prompt_pair(sees_images=True))
     assert caught.value.code == "vlm_server_error"
 
 

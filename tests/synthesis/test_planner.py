@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.errors import BadRequest
-from shards.records import Tag
-from synthesis.planner import LookupPlanner, Plan, load_tag_table
+from shards.records import PlannedType, Tag
+from synthesis.planner import LookupPlanner, load_tag_table
 from synthesis.taxonomy import load_taxonomy, read_yaml
 
 PLANNER = LookupPlanner()
@@ -28,18 +28,18 @@ NAMES = [
 TAGS = st.lists(st.builds(Tag, st.sampled_from(NAMES), st.integers(0, 1000)), max_size=6)
 
 
-def plan_by_hand(image_id: bytes, tags: list[Tag]) -> Plan:
+def plan_by_hand(image_id: bytes, tags: list[Tag]) -> PlannedType:
     """The same answer from the definition: every type of the taxonomy, every tag, no index."""
-    table, best = PLANNER.table, Plan("", (), 0)
+    table, best = PLANNER.table, PlannedType("", [], 0)
     for name in load_taxonomy().types:
         found = sorted(
             (-t.score_milli, t.name) for t in tags if name in table.types_of(t.name) and t.score_milli > 0
         )
         if found:
-            plan = Plan(name, tuple(tag for _, tag in found), -sum(score for score, _ in found))
+            plan = PlannedType(name, [tag for _, tag in found], -sum(score for score, _ in found))
             best = min(best, plan, key=lambda p: (-p.score_milli, rank(image_id, p.instruction_type)))
     if best.score_milli == 0:
-        return Plan(min(table.default, key=lambda name: rank(image_id, name)), (), 0)
+        return PlannedType(min(table.default, key=lambda name: rank(image_id, name)), [], 0)
     return best
 
 
@@ -59,7 +59,7 @@ def test_scores_add_up_over_the_tags_that_argue() -> None:
     plan = PLANNER.plan(
         b"x" * 32, [Tag("kit fox", 300), Tag("red fox, Vulpes vulpes", 500), Tag("espresso", 700)]
     )
-    assert plan.argued_by == ("red fox, Vulpes vulpes", "kit fox") and plan.score_milli == 800
+    assert plan.argued_by == ["red fox, Vulpes vulpes", "kit fox"] and plan.score_milli == 800
 
 
 def test_images_with_the_same_tags_are_asked_different_things() -> None:
@@ -70,7 +70,7 @@ def test_images_with_the_same_tags_are_asked_different_things() -> None:
 def test_default_types_where_no_tag_argues() -> None:
     for tags in ([], [Tag("no such thing", 900)], [Tag("red fox", 0)]):
         plan = PLANNER.plan(b"y" * 32, tags)
-        assert plan.instruction_type in PLANNER.table.default and plan[1:] == ((), 0)
+        assert plan.instruction_type in PLANNER.table.default and plan[1:] == ([], 0)
 
 
 def test_names_come_before_words() -> None:
