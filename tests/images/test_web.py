@@ -891,7 +891,9 @@ def test_closing_drops_what_is_under_way() -> None:
 
 def test_control_c_ends_it_at_once(tmp_path: Path) -> None:
     script = (
-        "import sys; from images.web import Web, WebOptions\n"
+        "import signal, sys; from images.web import Web, WebOptions\n"
+        # What a shell starts in the background, tests included, ignores it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "with Web(WebOptions(allow_private=True, timeout_s=60)) as web:\n"
         "    print('under way', flush=True)\n"
         "    list(web.fetch_all([(sys.argv[1], '')] * 100))\n"
