@@ -21,14 +21,14 @@ def losses(output: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
     output = tmp_path_factory.mktemp("trained") / "model"
-    options = TrainOptions(data=str(data), output=str(output), lm="tiny", max_steps=20, caption_samples=2)
+    options = TrainOptions(data=str(data), output=str(output), lm="tiny", max_steps=12, caption_samples=2)
     assert main(options) == 0
     return output
 
 
 def test_the_loss_falls(trained):
     measured = losses(trained)
-    assert len(measured) == 20
+    assert len(measured) == 12
     assert sum(measured[-3:]) < 0.7 * sum(measured[:3])
 
 
