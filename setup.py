@@ -25,6 +25,7 @@ REQUIRES = [
     "imagehash>=4.3,<5",
     "jinja2>=3.1,<4",
     "numpy>=2.0,<2.5",
+    "opencv-python-headless>=5,<6",
     "orjson>=3.9",
     "pillow>=12",  # Beam's pin stops below 13, which `make setup` puts over it; see README
     "protobuf>=5,<7",
@@ -56,11 +57,9 @@ EXTRAS = {
         "xllamacpp>=2026.0",
     ],
     "gcp": ["apache-beam[gcp]>=2.77,<2.78", "google-cloud-storage>=3"],
-    "geometric": ["opencv-python-headless>=5,<6"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["demo"],
-    *EXTRAS["geometric"],
     "boto3>=1.28",
     "cryptography>=42",
     "datasets>=3",

@@ -76,9 +76,11 @@ CODES: Mapping[str, str] = {
     "same_bytes": "Another reference leads to the same bytes.",
     "near_cosine": "Its embedding is close to that of a kept image, at or above --cosine.",
     "near_phash": "Its 64-bit perceptual hash is close to that of a kept image, within --phash-bits.",
+    "near_geometric": "It, or the kept image that it is a copy of, is a crop, flip, rotation or padded copy of a kept image.",
     "against_bytes": "A snapshot of --against keeps the same bytes.",
     "against_cosine": "Its embedding is close to that of an image that a snapshot of --against keeps, at or above --cosine.",
     "against_phash": "Its 64-bit perceptual hash is close to that of an image that a snapshot of --against keeps, within --phash-bits.",
+    "against_geometric": "It, or what it is a copy of, is a crop, flip, rotation or padded copy of an image that a snapshot of --against keeps.",
     "no_sample": "No sample that survived names it.",
     "image_duplicate": "One of its images is a duplicate, and the kept image has other pixels, is in a snapshot of --against, or --on-duplicate is drop.",
     "same_sample": "Another sample has the same images and the same conversation.",
@@ -108,11 +110,14 @@ def meaning_of(code: str) -> str:
 
 
 _PHASH, _COSINE = "pHash {0:.0f} of 64 bits ≤ {1:.0f}", "cosine {0:.3f} ≥ {1:g}"
+_GEOMETRIC = "{0:.1%} of the blocks agree ≥ {1:.0%}"
 _COMPARISONS: Mapping[str, str] = {
     "near_phash": _PHASH,
     "near_cosine": _COSINE,
+    "near_geometric": _GEOMETRIC,
     "against_phash": _PHASH,
     "against_cosine": _COSINE,
+    "against_geometric": _GEOMETRIC,
     "benchmark_phash": _PHASH,
     "benchmark_phash_verified": _PHASH,
     "benchmark_cosine": _COSINE,

@@ -26,6 +26,7 @@ from transforms.decontaminate import Decontaminate, Decontaminated
 from transforms.deduplicate import CollapseSameBytes, FindNearDuplicates
 from transforms.embed import DistinctReferences, EmbedImages, Reading
 from transforms.filter import FilterImages
+from transforms.geometric import FindGeometricCopies
 from transforms.limit import LimitErrors
 from transforms.plan import PlanInstructions
 from transforms.read import ReadSamples
@@ -72,6 +73,12 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
     verdicts, searched = {"images": images, "fixed": fixed} | "FindNearDuplicates" >> FindNearDuplicates(
         job.search
     )
+    if job.align is not None:
+        verdicts = {
+            "images": images,
+            "fixed": fixed,
+            "verdicts": verdicts,
+        } | "Geometric" >> FindGeometricCopies(job.search, job.align)
     tagged = images | "TagImages" >> TagImages(model.class_names, options.tag_min_score, options.max_tags)
     fates, kept, near = {
         "embedded": wanted,

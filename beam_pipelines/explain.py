@@ -200,7 +200,9 @@ def _title(row: Row) -> str:
 
 
 def _is_near(row: Row) -> bool:
-    return row["code"] in ("near_cosine", "near_phash", "against_cosine", "against_phash")
+    return row["code"] in (
+        f"{beside}_{signal}" for beside in ("near", "against") for signal in ("cosine", "phash", "geometric")
+    )
 
 
 def _keeper_of(row: Row, titles: Mapping[str, str]) -> str:

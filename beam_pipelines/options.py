@@ -362,6 +362,28 @@ class CurateOptions(BaseModel):
         group="Near duplicates",
     )
 
+    geometric: bool = option(
+        False,
+        "Align each kept image with those most like it, and remove crops, flips, rotations and padded copies; they are read again.",
+        affects_bytes=True,
+        group="Geometric copies",
+    )
+    geometric_cosine: float = option(
+        0.8,
+        "Cosine similarity from which on --geometric aligns a pair.",
+        affects_bytes=True,
+        group="Geometric copies",
+        ge=-1,
+        le=1,
+    )
+    geometric_neighbours: int = option(
+        8,
+        "With how many of the kept images most like it --geometric aligns an image.",
+        affects_bytes=True,
+        group="Geometric copies",
+        ge=1,
+        le=1000,
+    )
     decontaminate: list[str] = option(
         [],
         "NAME=SOURCE: a benchmark's images, found as those of --input; what is like one of them is filtered. Repeatable.",
@@ -426,7 +448,11 @@ class CurateOptions(BaseModel):
         """The options that a snapshot's id holds, as JSON values. Those of a group that is not asked for do not count."""
         fields = type(self).model_fields
         values = self.model_dump(mode="json")
-        asked_for = {"Synthesis": self.vlm_base_url, "Decontamination": self.decontaminate}
+        asked_for = {
+            "Synthesis": self.vlm_base_url,
+            "Decontamination": self.decontaminate,
+            "Geometric copies": self.geometric,
+        }
         skipped = {group for group, asked in asked_for.items() if not asked}
         return {
             name: values[name]

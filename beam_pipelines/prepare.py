@@ -28,13 +28,14 @@ from beam_pipelines.wording import plural
 from embeddings.contamination import MAX_IMAGES
 from embeddings.duplicates import DuplicateRule, Group
 from embeddings.encoder import Encoder, EncoderSpec, load_encoder
+from images.align import ALIGNER
 from images.decode import Limits, decoder_of
 from images.fetch import Reach
 from images.rewrite import Rewrite
 from images.sources.source import Source
 from images.web import WebOptions
 from shards.errors import BadRequest
-from shards.ledger import CellsRow, ImageRow, Ledger, RefRow, SearchRow, url_epoch
+from shards.ledger import AlignmentRow, CellsRow, ImageRow, Ledger, RefRow, SearchRow, url_epoch
 from shards.snapshot import Destination, StoredPack, open_by_id, open_snapshot, read_current, split_at
 from shards.spool import FOLDER, spooled_uris
 from shards.storage import Storage, rooted, storage_of
@@ -43,10 +44,11 @@ from synthesis.planner import LookupPlanner
 from synthesis.prompts import load_prompt_pair
 from transforms.against import KeptPack
 from transforms.commit import RunFacts
-from transforms.deduplicate import Search
 from transforms.filter import FilterRule, parse_expressions
+from transforms.geometric import AlignRule
 from transforms.limit import ANY
 from transforms.recall import Memory
+from transforms.route import Search
 from transforms.synthesise import Backend
 
 MAX_GONE = 0.1
@@ -71,6 +73,7 @@ class Job(NamedTuple):
     synthesis: Synthesis | None
     memory: Memory
     search: Search
+    align: AlignRule | None
     reach: Reach
     stored: Sequence[StoredPack]
     against: Sequence[KeptPack]
@@ -166,6 +169,7 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
     stored = base.stored_packs() if base else []
     memory = recall_from(to, options, model)
     search, against = search_for(to, options, model), kept_packs(options.against)
+    align = align_rule(to, options, reach)
     affecting = options.affecting_bytes() | {
         "encoder_weights": model.weights_sha256,
         "batch_size": model.batch_size,
@@ -173,6 +177,8 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
     _, own_rules = duplicate_rules(options)
     if own_rules:
         affecting["duplicate_rules"] = {name: rule._asdict() for name, rule in own_rules.items()}
+    if align is not None:
+        affecting["aligner"] = ALIGNER
     if against:
         affecting["against"] = sorted({kept.snapshot_id for kept in against})
     if synthesis is not None:
@@ -193,6 +199,7 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
         synthesis=synthesis,
         memory=memory,
         search=search,
+        align=align,
         reach=reach,
         stored=stored,
         against=against,
@@ -288,6 +295,16 @@ def search_for(to: Destination, options: CurateOptions, model: Encoder) -> Searc
         searches=[segment for storage in storages for segment in Ledger(storage, SearchRow).segments()],
         any_orientation=options.any_orientation,
     )
+
+
+def align_rule(to: Destination, options: CurateOptions, reach: Reach) -> AlignRule | None:
+    """How geometric copies are found, if they are to be."""
+    if not options.geometric:
+        return None
+    known = [
+        segment for storage in ledgers_of(to, options) for segment in Ledger(storage, AlignmentRow).segments()
+    ]
+    return AlignRule(options.geometric_cosine, options.geometric_neighbours, reach, known)
 
 
 def recall_from(to: Destination, options: CurateOptions, model: Encoder) -> Memory:

@@ -101,6 +101,7 @@ def ranges_of(given: Mapping[Knob, str], snapshot: Snapshot) -> Ranges:
 _NOT_SWEPT = {
     "against": "--against",
     "any_orientation": "--any-orientation",
+    "geometric": "--geometric",
     "duplicate_rules": "thresholds of sources",
 }
 

@@ -1,4 +1,4 @@
-"""Whether one image is a geometric copy of another: cropped, flipped, turned, padded, scaled. Needs the extra `geometric`.
+"""Whether one image is a geometric copy of another: cropped, flipped, turned, padded, scaled.
 
 ORB features of both propose one similarity transform, for the image as it is and for its mirror image. Features alone take two
 documents of one template for copies, whose lines and headings are the same; so one image is laid on the other, and the pair is

@@ -109,6 +109,13 @@ class CellsRow(NamedTuple):
     centroids: bytes
 
 
+class AlignmentRow(NamedTuple):
+    """How well one image lies on another: a key over both, decoder and aligner -> agreement in [0, 1000], 0 where neither is a copy."""
+
+    key: bytes
+    agreement_milli: int
+
+
 class CallRow(NamedTuple):
     """What a model answered: a key over image and request -> the answer, as JSON."""
 
@@ -116,12 +123,13 @@ class CallRow(NamedTuple):
     answer: str
 
 
-Row = TypeVar("Row", RefRow, ImageRow, CellsRow, SearchRow, CallRow)
+Row = TypeVar("Row", RefRow, ImageRow, CellsRow, SearchRow, AlignmentRow, CallRow)
 KINDS: dict[type[Any], str] = {
     RefRow: "refs",
     ImageRow: "images",
     CellsRow: "cells",
     SearchRow: "searches",
+    AlignmentRow: "alignments",
     CallRow: "calls",
 }
 _ARROW = {bytes: pa.binary(), str: pa.string(), int: pa.int64()}

@@ -152,8 +152,9 @@ class EmbeddedImage(NamedTuple):
 class Verdict(NamedTuple):
     """What near-duplicate detection says of an image: kept (`keeper_id` is its own id) or a duplicate of a kept one.
 
-    `code` is the signal that proposed the pair: `near_cosine` (`score` and `threshold` are cosine similarities) or `near_phash`
-    (differing bits of 64). `structure_distance` counts differing bits of 1,024.
+    `code` is the signal that proposed the pair: `near_cosine` (`score` and `threshold` are cosine similarities), `near_phash`
+    (differing bits of 64), or `near_geometric` (share of blocks that agree). `structure_distance` counts differing bits of 1,024,
+    0 where none were compared.
     """
 
     image_id: bytes

@@ -22,13 +22,14 @@ MAY_IMPORT = {
 BEAM = {"transforms", "beam_pipelines"}
 TORCH = {"embeddings", "synthesis", "training"}
 TORCH_MODULES = {"torch", "torchvision", "timm", "faiss", "transformers"}
-# What stages share: how a fate is recorded, where bytes lie, what was worked out before, how progress is shown.
+# What stages share: how a fate is recorded, where bytes lie, what was worked out before, how progress is shown, which images meet.
 SHARED_BY_STAGES = {
     "transforms.fates",
     "transforms.filesystems",
     "transforms.ledgers",
     "transforms.objects",
     "transforms.progress",
+    "transforms.route",
 }
 
 

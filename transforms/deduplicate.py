@@ -10,40 +10,27 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import apache_beam as beam
-import numpy as np
 from apache_beam.metrics import Metrics
 from apache_beam.pvalue import AsSingleton, TaggedOutput
 from apache_beam.typehints.decorators import no_annotations
 
-from embeddings.buckets import Buckets, Task
-from embeddings.cells import MAX_SAMPLE, Plan, plan_cells
 from embeddings.duplicates import (
     NEVER,
-    Group,
-    Pairing,
-    Preference,
     Print,
-    Prints,
     ids_of,
     kept,
-    print_of,
     walk,
 )
-from embeddings.forest import Components, Forest, Members, components, find_forest, places_in
-from shards.ids import digest
-from shards.ledger import CellsRow, Ledger, SearchRow, Segment, read_segment
+from embeddings.forest import Components, Forest, components, find_forest, places_in
+from shards.ledger import Ledger, SearchRow
 from shards.records import EmbeddedImage, Origin, Verdict
-from shards.snapshot import Destination
-from shards.storage import storage_of
 from transforms.fates import DECISIONS, decision
 from transforms.ledgers import ReadLedger
+from transforms.route import MakePrints, RouteToBuckets, Search, batches, members_of
 
 STAGE = "deduplicate"
-_BATCH = 2048
 _WORTH_REMEMBERING = 1 << 16
 """Pairs; fewer are compared again in less time than it takes to look them up."""
-_REFIT = 4
-"""Cells serve until there are so many times more or fewer images than they were fitted for."""
 
 
 def choose_reference(references: Iterable[EmbeddedImage]) -> tuple[EmbeddedImage, list[Origin]]:
@@ -97,128 +84,6 @@ class CollapseSameBytes(beam.PTransform):
             .with_outputs(DECISIONS, main="images")
         )
         return collapsed.images, collapsed[DECISIONS]
-
-
-class Search(NamedTuple):
-    """How near duplicates are searched, and what was found before.
-
-    `groups`: images of a source are judged by the group that `group_of` numbers for it, those of others by the first; fixed images by
-    the last. `recall` 1 finds every pair. `device` is where vectors are compared. `encoder` is the fingerprint, `cells` and `searches`
-    segments of ledgers.
-    """
-
-    groups: Sequence[Group]
-    to: Destination
-    group_of: Mapping[str, int] = {}
-    prefer: Preference = "pixels"
-    recall: float = 1.0
-    device: str = "cpu"
-    encoder: str = ""
-    cells: Sequence[Segment] = ()
-    searches: Sequence[Segment] = ()
-    any_orientation: bool = False
-
-    @property
-    def pairing(self) -> Pairing:
-        return Pairing(self.groups, self.any_orientation)
-
-
-class Part(NamedTuple):
-    """Some members of a task's bucket, as joined columns: see `embeddings.forest.Members`; `home` and `side` a byte each, `groups` too."""
-
-    task: Task
-    ids: bytes
-    groups: bytes
-    home: bytes
-    side: bytes
-    vectors: bytes
-    phashes: bytes
-    structures: bytes
-
-
-def members_of(parts: Sequence[Part]) -> Members:
-    """At least one part, as columns."""
-    ids, groups, home, side, vectors, phashes, structures = (
-        b"".join(column) for column in list(zip(*parts, strict=True))[1:]
-    )
-    found = ids_of(ids)
-    return Members(
-        found,
-        np.frombuffer(groups, np.uint8).astype(np.int64),
-        np.frombuffer(home, bool),
-        np.frombuffer(side, np.uint8).astype(np.int64),
-        np.frombuffer(vectors, "<f2").reshape(len(found), -1),
-        np.frombuffer(phashes, "<u8"),
-        np.frombuffer(structures, "<u8").reshape(len(found), -1),
-    )
-
-
-class _MakePrints(beam.DoFn):
-    """Images, of the input or fixed -> prints."""
-
-    def __init__(self, search: Search, are_fixed: bool) -> None:
-        self._search, self._are_fixed = search, are_fixed
-
-    def process(self, image: EmbeddedImage) -> Iterator[Print]:
-        groups = self._search.groups
-        group = self._search.group_of.get(image.source_image.origin.source, 0)
-        yield print_of(image, len(groups) - 1 if self._are_fixed else group, groups, self._search.prefer)
-
-
-class _PlanCells(beam.DoFn):
-    def __init__(self, search: Search) -> None:
-        self._search = search
-
-    def process(self, _: Any, sample: Sequence[tuple[bytes, bytes]], count: int) -> Iterator[Plan]:
-        search = self._search
-        vectors = np.frombuffer(b"".join(vector for _, vector in sample), "<f2").reshape(
-            max(1, len(sample)), -1
-        )
-        key = digest(["cells", search.encoder])
-        fitted = [
-            row
-            for segment in search.cells
-            for row in read_segment(storage_of(segment.root), segment.path, CellsRow)
-            if row.key == key and row.num_images <= _REFIT * count and count <= _REFIT * row.num_images
-        ]
-        frozen = None
-        if fitted:
-            row = min(fitted)
-            frozen = np.frombuffer(row.centroids, "<f4").reshape(row.num_cells, -1)
-        plan = plan_cells(vectors, count, search.pairing.loosest, search.recall, frozen)
-        centroids = plan.cells.centroids
-        if frozen is None and len(centroids) > 1:
-            row = CellsRow(key, count, len(centroids), centroids.astype("<f4").tobytes())
-            Ledger(search.to.storage, CellsRow).put([row], search.to.token)
-        yield plan
-
-
-class _Route(beam.DoFn):
-    """Batches of prints -> parts of the buckets in which they meet others."""
-
-    def __init__(self, search: Search) -> None:
-        self._search = search
-
-    def setup(self) -> None:
-        self._pairing = self._search.pairing
-        self._buckets: Buckets | None = None
-
-    def process(self, prints: Sequence[Print], plan: Plan) -> Iterator[tuple[bytes, Part]]:
-        if self._buckets is None or self._buckets.cells.name != plan.cells.name:
-            self._buckets = Buckets(plan.cells, self._pairing)
-        columns = Prints.of(prints)
-        for task, members in self._buckets.split(columns):
-            part = Part(
-                task,
-                members.ids.tobytes(),
-                members.groups.astype(np.uint8).tobytes(),
-                members.home.tobytes(),
-                members.side.astype(np.uint8).tobytes(),
-                members.vectors.tobytes(),
-                members.phashes.tobytes(),
-                members.structures.tobytes(),
-            )
-            yield task.key, part
 
 
 class _SearchBucket(beam.DoFn):
@@ -289,10 +154,6 @@ class NearDuplicates(NamedTuple):
     searched: beam.PCollection
 
 
-def _batches() -> beam.BatchElements:
-    return beam.BatchElements(min_batch_size=_BATCH, max_batch_size=_BATCH)
-
-
 @dataclass
 class FindNearDuplicates(beam.PTransform):
     """{images, fixed} -> NearDuplicates. EmbeddedImages with distinct ids; `fixed` are kept images of other snapshots.
@@ -308,7 +169,7 @@ class FindNearDuplicates(beam.PTransform):
     def expand(self, inputs: dict[str, beam.PCollection]) -> NearDuplicates:
         images, search = inputs["images"], self.search
         pipeline = images.pipeline
-        fixed = inputs["fixed"] | "FixedPrints" >> beam.ParDo(_MakePrints(search, True)).with_output_types(
+        fixed = inputs["fixed"] | "FixedPrints" >> beam.ParDo(MakePrints(search, True)).with_output_types(
             Print
         )
         to_search, known_bytes = images, pipeline | "NoneKnown" >> beam.Create([])
@@ -321,7 +182,7 @@ class FindNearDuplicates(beam.PTransform):
                 | "KeyFixed" >> beam.Map(lambda p: (p.image_id, True)).with_output_types(tuple[bytes, bool]),
             } | "KnownBytes" >> _PartKnownBytes()
         prints = (
-            to_search | "Prints" >> beam.ParDo(_MakePrints(search, False)).with_output_types(Print),
+            to_search | "Prints" >> beam.ParDo(MakePrints(search, False)).with_output_types(Print),
             fixed,
         ) | "AllPrints" >> beam.Flatten()
         if search.pairing.loosest == NEVER:
@@ -330,26 +191,7 @@ class FindNearDuplicates(beam.PTransform):
             )
             nothing = pipeline | "NoSearch" >> beam.Create([])
             return NearDuplicates((verdicts, known_bytes) | "Verdicts" >> beam.Flatten(), nothing)
-        plan = (
-            pipeline
-            | "Once" >> beam.Create([None])
-            | "PlanCells"
-            >> beam.ParDo(
-                _PlanCells(search),
-                sample=AsSingleton(
-                    prints
-                    | "Vectors"
-                    >> beam.Map(lambda p: (p.print_id, p.embedding)).with_output_types(tuple[bytes, bytes])
-                    | "Sample" >> beam.combiners.Top.Smallest(MAX_SAMPLE)
-                ),
-                count=AsSingleton(prints | "CountPrints" >> beam.combiners.Count.Globally()),
-            )
-        )
-        parts = (
-            prints
-            | "BatchToRoute" >> _batches()
-            | "Route" >> beam.ParDo(_Route(search), AsSingleton(plan)).with_output_types(tuple[bytes, Part])
-        )
+        parts, plan = prints | "RouteToBuckets" >> RouteToBuckets(search)
         known = pipeline | "ReadSearches" >> ReadLedger(search.searches, SearchRow)
         edges = (
             {"parts": parts, "known": known}
@@ -365,7 +207,7 @@ class FindNearDuplicates(beam.PTransform):
         )
         parted = (
             prints
-            | "BatchToWalk" >> _batches()
+            | "BatchToWalk" >> batches()
             | "ByComponent"
             >> beam.ParDo(_ByComponent(search), AsSingleton(joined))
             .with_output_types(tuple[bytes, Print])

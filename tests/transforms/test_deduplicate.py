@@ -15,8 +15,9 @@ from shards.ledger import CellsRow, Ledger, SearchRow
 from shards.records import EmbeddedImage, Verdict
 from shards.snapshot import Destination
 from tests.embeddings.oracle import image, oracle
-from transforms import deduplicate
-from transforms.deduplicate import FindNearDuplicates, Search
+from transforms import deduplicate, route
+from transforms.deduplicate import FindNearDuplicates
+from transforms.route import Search
 
 GROUPS = [
     Group(DuplicateRule(cosine=0.93).thresholds),
@@ -56,7 +57,7 @@ def many_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cells, "BRUTE_FORCE_BELOW", 10)
     monkeypatch.setattr(cells, "_SENDING", 0)
     monkeypatch.setattr(cells, "PART", 24)
-    monkeypatch.setattr(deduplicate, "_BATCH", 50)
+    monkeypatch.setattr(route, "_BATCH", 50)
     monkeypatch.setattr(deduplicate, "_WORTH_REMEMBERING", 1)
 
 

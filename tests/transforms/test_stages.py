@@ -44,7 +44,7 @@ from synthesis.planner import LookupPlanner
 from synthesis.prompts import load_prompt_pair
 from transforms.commit import Commit, RunFacts, build_manifest
 from transforms.decontaminate import Decontaminate
-from transforms.deduplicate import CollapseSameBytes, FindNearDuplicates, Search, choose_reference
+from transforms.deduplicate import CollapseSameBytes, FindNearDuplicates, choose_reference
 from transforms.embed import DistinctReferences, EmbedImages, Reading
 from transforms.filter import FilterImages, FilterRule
 from transforms.limit import LimitErrors
@@ -59,6 +59,7 @@ from transforms.resolve import (
     collapse,
     resolve_sample,
 )
+from transforms.route import Search
 from transforms.settle import SettleImages, SettleSamples
 from transforms.spool import SpoolImages
 from transforms.stored import KeepPacks, ReadStored
