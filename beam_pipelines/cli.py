@@ -398,6 +398,48 @@ def sweep(
         )
 
 
+@app.command("fit-tagger", **_UPKEEP)
+def fit_tagger(
+    path: Annotated[str, typer.Argument(metavar="OUT", help="A run's folder, or OUT@ID.")],
+    output: Annotated[str, typer.Option(help="The tagger: a .safetensors file.")],
+    labels: Annotated[
+        str,
+        typer.Option(
+            metavar="folders|captions|FIELD",
+            help="An image's labels: the name of its folder, words of its captions, or a field of its samples.",
+        ),
+    ] = "folders",
+    vocabulary: Annotated[
+        str,
+        typer.Option(metavar="FILE", help="With captions: one tag a line, other words for it after commas."),
+    ] = "",
+    least_images: Annotated[int, typer.Option(min=1, help="Labels of fewer images are left out.")] = 10,
+    held_out: Annotated[
+        float, typer.Option(min=0.0, max=0.9, help="Fraction of the images that it is tried on, not fitted.")
+    ] = 0.2,
+    penalty: Annotated[float, typer.Option(min=0.0, help="Weight of half the squared weights.")] = 1.0,
+) -> None:
+    """Learn tags from a run whose images bear labels, by a linear head over their embeddings; no image is read.
+
+    shardmill curate --input labelled/ --output labelled-shards/
+
+    shardmill fit-tagger labelled-shards/ --output tagger.safetensors
+
+    shardmill curate --input photos/ --output shards/ --tagger classes --tagger tagger.safetensors
+    """
+    from beam_pipelines.fit_tagger import fit_tagger as fit
+    from beam_pipelines.fit_tagger import fitted_text, labels_of, write_tagger
+    from embeddings.tagger import tagger_bytes
+    from shards.snapshot import open_snapshot
+
+    target = _local(output)
+    snapshot = open_snapshot(path)
+    fitted = fit(snapshot, labels_of(snapshot, labels, vocabulary), least_images, held_out, penalty)
+    write_tagger(target, tagger_bytes(fitted.tagger, fitted.evaluation))
+    _say(fitted_text(fitted))
+    _say(f"{target}; use it with --tagger {target}")
+
+
 @app.command(**_UPKEEP)
 def pin(
     path: Annotated[str, typer.Argument(metavar="OUT", help="A run's folder, or OUT@ID.")],

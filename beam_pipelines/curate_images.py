@@ -35,7 +35,7 @@ from transforms.resolve import JudgeImages, NameImages, ResolveSamples, fate_of_
 from transforms.settle import SettleImages, SettleSamples
 from transforms.stored import KeepPacks, ReadStored
 from transforms.synthesise import Synthesise
-from transforms.tag import TagImages
+from transforms.tag import LookAtImages, TagImages
 from transforms.write import CountShards, WriteMedia, WriteRows
 
 
@@ -79,7 +79,12 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
             "fixed": fixed,
             "verdicts": verdicts,
         } | "Geometric" >> FindGeometricCopies(job.search, job.align)
-    tagged = images | "TagImages" >> TagImages(model.class_names, options.tag_min_score, options.max_tags)
+    to_tag = {"images": images}
+    if job.tagging.look is not None:
+        to_tag["more"] = {"images": images, "verdicts": verdicts} | "LookAtImages" >> LookAtImages(
+            job.tagging.look, job.to
+        )
+    tagged = to_tag | "TagImages" >> TagImages(job.tagging.rule)
     fates, kept, near = {
         "embedded": wanted,
         "tagged": tagged,

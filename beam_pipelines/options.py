@@ -289,9 +289,15 @@ class CurateOptions(BaseModel):
         ge=0,
         le=4096,
     )
+    tagger: list[str] = option(
+        ["classes"],
+        "What gives tags: `classes` (of the encoder), a file of `shardmill fit-tagger`, `ocr`, `safety`, or `module:function` of your own. Repeatable.",
+        affects_bytes=False,
+        group="Encoder and tags",
+    )
     tag_min_score: float = option(
         0.1,
-        "Classes below this probability give no tag.",
+        "Tags below this score are left out.",
         affects_bytes=True,
         group="Encoder and tags",
         ge=0,
@@ -487,7 +493,7 @@ def _read_config(path: str) -> dict[str, Any]:
 def parse_options(flags: dict[str, Any], config: str = "") -> CurateOptions:
     """Options from flags over YAML over defaults. Raises BadRequest: one line with the field, its value and what is allowed."""
     values = (_read_config(config) if config else {}) | flags
-    for name in ("input", "reuse_from", "max_error_rate", "filter", "decontaminate"):
+    for name in ("input", "reuse_from", "max_error_rate", "filter", "decontaminate", "tagger"):
         if isinstance(values.get(name), str):
             values[name] = [values[name]]
     unknown = sorted(set(values) - set(CurateOptions.model_fields))

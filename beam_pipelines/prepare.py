@@ -28,6 +28,7 @@ from beam_pipelines.wording import plural
 from embeddings.contamination import MAX_IMAGES
 from embeddings.duplicates import DuplicateRule, Group
 from embeddings.encoder import Encoder, EncoderSpec, load_encoder
+from embeddings.pixel_taggers import is_pixel_tagger, open_tagger
 from images.align import ALIGNER
 from images.decode import Limits, decoder_of
 from images.fetch import Reach
@@ -35,7 +36,7 @@ from images.rewrite import Rewrite
 from images.sources.source import Source
 from images.web import WebOptions
 from shards.errors import BadRequest
-from shards.ledger import AlignmentRow, CellsRow, ImageRow, Ledger, RefRow, SearchRow, url_epoch
+from shards.ledger import AlignmentRow, CellsRow, ImageRow, Ledger, RefRow, SearchRow, TagsRow, url_epoch
 from shards.snapshot import Destination, StoredPack, open_by_id, open_snapshot, read_current, split_at
 from shards.spool import FOLDER, spooled_uris
 from shards.storage import Storage, rooted, storage_of
@@ -50,6 +51,7 @@ from transforms.limit import ANY
 from transforms.recall import Memory
 from transforms.route import Search
 from transforms.synthesise import Backend
+from transforms.tag import LookRule, TagRule, load_head
 
 MAX_GONE = 0.1
 """Fraction of an earlier run's images that may be missing from a run's input before `--replace` is asked for."""
@@ -60,6 +62,14 @@ class Synthesis(NamedTuple):
 
     backend: Backend
     planner: LookupPlanner
+
+
+class Tagging(NamedTuple):
+    """Which tags images get. `told` is what a snapshot's id says of it."""
+
+    rule: TagRule
+    look: LookRule | None
+    told: Sequence[str]
 
 
 class Job(NamedTuple):
@@ -74,6 +84,7 @@ class Job(NamedTuple):
     memory: Memory
     search: Search
     align: AlignRule | None
+    tagging: Tagging
     reach: Reach
     stored: Sequence[StoredPack]
     against: Sequence[KeptPack]
@@ -169,7 +180,7 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
     stored = base.stored_packs() if base else []
     memory = recall_from(to, options, model)
     search, against = search_for(to, options, model), kept_packs(options.against)
-    align = align_rule(to, options, reach)
+    align, tags = align_rule(to, options, reach), tagging(to, options, model, reach)
     affecting = options.affecting_bytes() | {
         "encoder_weights": model.weights_sha256,
         "batch_size": model.batch_size,
@@ -177,6 +188,8 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
     _, own_rules = duplicate_rules(options)
     if own_rules:
         affecting["duplicate_rules"] = {name: rule._asdict() for name, rule in own_rules.items()}
+    if tags.told != ["classes"]:
+        affecting["taggers"] = sorted(tags.told)
     if align is not None:
         affecting["aligner"] = ALIGNER
     if against:
@@ -200,6 +213,7 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
         memory=memory,
         search=search,
         align=align,
+        tagging=tags,
         reach=reach,
         stored=stored,
         against=against,
@@ -305,6 +319,32 @@ def align_rule(to: Destination, options: CurateOptions, reach: Reach) -> AlignRu
         segment for storage in ledgers_of(to, options) for segment in Ledger(storage, AlignmentRow).segments()
     ]
     return AlignRule(options.geometric_cosine, options.geometric_neighbours, reach, known)
+
+
+def tagging(to: Destination, options: CurateOptions, model: Encoder, reach: Reach) -> Tagging:
+    """Open all taggers once. Raises BadRequest."""
+    names = list(dict.fromkeys(options.tagger))
+    heads = [name for name in names if name != "classes" and not is_pixel_tagger(name)]
+    told = ["classes"] if "classes" in names else []
+    for path in heads:
+        try:
+            head, sha256 = load_head(path)
+        except OSError as error:
+            raise BadRequest(
+                f"--tagger {path}: cannot be read ({error}); classes, ocr, safety, module:function, or a file of `shardmill fit-tagger`"
+            ) from error
+        if head.encoder != model.fingerprint:
+            raise BadRequest(f"--tagger {path}: was fitted on vectors of another encoder ({head.encoder})")
+        told.append(sha256)
+    fingerprints = {name: open_tagger(name).fingerprint for name in names if is_pixel_tagger(name)}
+    rule = TagRule(
+        model.class_names if "classes" in names else (), options.tag_min_score, options.max_tags, tuple(heads)
+    )
+    known = [
+        segment for storage in ledgers_of(to, options) for segment in Ledger(storage, TagsRow).segments()
+    ]
+    look = LookRule(fingerprints, reach, known) if fingerprints else None
+    return Tagging(rule, look, [*told, *fingerprints.values()])
 
 
 def recall_from(to: Destination, options: CurateOptions, model: Encoder) -> Memory:

@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from beam_pipelines.facts import image_rows
 from beam_pipelines.report import read_metrics
 from beam_pipelines.wording import one_line, plural
 from embeddings.duplicates import DuplicateRule, Group, Print, print_of
 from embeddings.sweep import Curve, sweep
-from images.decode import decoder_of
 from shards.errors import BadRequest
-from shards.ledger import ImageRow, Ledger, image_key
 from shards.records import EmbeddedImage, MediaRef, Origin, SourceImage
 from shards.snapshot import Snapshot
 
@@ -189,7 +188,7 @@ def gather_facts(snapshot: Snapshot) -> Facts:
     if not source_of:
         return Facts([], {}, 0)
     priorities = _priorities(snapshot, set(names))
-    rows = _rows_of(snapshot, list(source_of))
+    rows = image_rows(snapshot, list(source_of))
     rule, options = rule_of(snapshot), snapshot.manifest.options
     groups = [Group(rule.thresholds)]
     prints = []
@@ -212,34 +211,6 @@ def _priorities(snapshot: Snapshot, names: set[str]) -> dict[str, int]:
             " run `shardmill curate` again with the same options"
         )
     return priorities
-
-
-def _rows_of(snapshot: Snapshot, image_ids: Sequence[bytes]) -> dict[bytes, ImageRow]:
-    """The ledger's row of each image, of numerics that the run used where there are some."""
-    encoders = [text.partition(" ")[::2] for text in snapshot.manifest.versions.get("encoders", ())]
-    ours = {numerics for _, numerics in encoders}
-    decoder = decoder_of(snapshot.manifest.options.get("decode", "exact"))
-    id_of = {
-        image_key(image_id, decoder, fingerprint): image_id
-        for fingerprint in sorted({fingerprint for fingerprint, _ in encoders})
-        for image_id in image_ids
-    }
-    rows: dict[bytes, ImageRow] = {}
-
-    def rank(row: ImageRow) -> Any:
-        return row.numerics not in ours, row
-
-    for row in Ledger(snapshot.storage, ImageRow).matching(id_of):
-        image_id = id_of[row.key]
-        if not row.code and (image_id not in rows or rank(row) < rank(rows[image_id])):
-            rows[image_id] = row
-    missing = len(image_ids) - len(rows)
-    if missing:
-        raise BadRequest(
-            f"{snapshot.storage.root}/ledger: knows nothing of {missing:,} of the {len(image_ids):,} images that were compared; run"
-            " `shardmill curate` again with the same options, without --reuse-from"
-        )
-    return rows
 
 
 class KnobCurve(NamedTuple):

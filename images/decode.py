@@ -223,6 +223,25 @@ def as_jpeg(encoded: bytes, max_pixels: int, limits: Limits, quality: int = 90) 
     return sink.getvalue()
 
 
+def rgb_of(encoded: bytes, max_side: int, limits: Limits) -> bytes:
+    """Pixels of one image, its longer side at most `max_side` (at most 65,535), as bytes for `rgb_from`. Raises BadData as `open_image` does."""
+    image, _ = open_image(encoded, limits.max_pixels)
+    shrink = max_side / max(image.size)
+    if shrink < 1:
+        sides = (max(1, round(image.width * shrink)), max(1, round(image.height * shrink)))
+        image = image.resize(sides, Image.Resampling.BICUBIC)
+    return struct.pack("<HH", *image.size) + np.asarray(image).tobytes()
+
+
+def rgb_from(data: bytes) -> npt.NDArray[np.uint8]:
+    """uint8 (H, W, 3) of what `rgb_of` gave. Raises BadData where it is something else."""
+    if len(data) >= 4:
+        width, height = struct.unpack_from("<HH", data)
+        if width * height and len(data) == 4 + 3 * width * height:
+            return np.frombuffer(data, np.uint8, offset=4).reshape(height, width, 3)
+    raise BadData("decoder_crashed", "its worker's answer made no sense")
+
+
 def grey_of(encoded: bytes, max_side: int, limits: Limits) -> bytes:
     """Luma of one image, its longer side at most `max_side` pixels (at most 65,535), as bytes for `images.align.luma_from`.
 

@@ -109,6 +109,13 @@ class CellsRow(NamedTuple):
     centroids: bytes
 
 
+class TagsRow(NamedTuple):
+    """What a model that looked at an image said: a key over image, decoder and model -> JSON `[[tag, score in thousandths], ...]`."""
+
+    key: bytes
+    tags: str
+
+
 class AlignmentRow(NamedTuple):
     """How well one image lies on another: a key over both, decoder and aligner -> agreement in [0, 1000], 0 where neither is a copy."""
 
@@ -123,13 +130,14 @@ class CallRow(NamedTuple):
     answer: str
 
 
-Row = TypeVar("Row", RefRow, ImageRow, CellsRow, SearchRow, AlignmentRow, CallRow)
+Row = TypeVar("Row", RefRow, ImageRow, CellsRow, SearchRow, AlignmentRow, TagsRow, CallRow)
 KINDS: dict[type[Any], str] = {
     RefRow: "refs",
     ImageRow: "images",
     CellsRow: "cells",
     SearchRow: "searches",
     AlignmentRow: "alignments",
+    TagsRow: "tags",
     CallRow: "calls",
 }
 _ARROW = {bytes: pa.binary(), str: pa.string(), int: pa.int64()}

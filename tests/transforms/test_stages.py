@@ -64,7 +64,7 @@ from transforms.settle import SettleImages, SettleSamples
 from transforms.spool import SpoolImages
 from transforms.stored import KeepPacks, ReadStored
 from transforms.synthesise import Backend, Synthesise
-from transforms.tag import TagImages, tags_of
+from transforms.tag import TagImages, TagRule, best_tags, class_tags
 from transforms.write import CountShards, WriteMedia, WriteRows, pack_images
 
 
@@ -198,9 +198,10 @@ def test_near_duplicates_meet_in_a_pipeline(tmp_path: Path) -> None:
 def test_tags_are_the_best_classes() -> None:
     scores = np.array([0.3, 0.05, 0.3, 0.2, 0.1], "<f2").tobytes()
     names = ["pear", "low", "apple", "crane", "crane"]
-    assert tags_of(scores, names, 0.09, 9) == [Tag("apple", 300), Tag("pear", 300), Tag("crane", 200)]
-    assert tags_of(scores, names, 0.09, 1) == [Tag("apple", 300)]
-    assert tags_of(b"", [], 0.1, 5) == []
+    found = class_tags(scores, names, 0.09)
+    assert best_tags(found, 0.09, 9) == [Tag("apple", 300), Tag("pear", 300), Tag("crane", 200)]
+    assert best_tags(found, 0.09, 1) == [Tag("apple", 300)]
+    assert best_tags(class_tags(b"", [], 0.1), 0.1, 5) == []
 
 
 # Resolve.
@@ -490,7 +491,7 @@ def test_transforms_survive_pickling() -> None:
         Decontaminate(["mmmu"], ContaminationRule(verified_only=True)),
         CollapseSameBytes(),
         FindNearDuplicates(Search([Group(DuplicateRule().thresholds)], to)),
-        TagImages(("a",), 0.1, 5),
+        TagImages(TagRule(("a",), 0.1, 5)),
         JudgeImages(),
         ResolveSamples(),
         NameImages(),

@@ -1,0 +1,162 @@
+"""Tags of heads, of models that look, and of a user's own."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from beam_pipelines.cli import run
+from beam_pipelines.curate_images import curate
+from beam_pipelines.fit_tagger import read_vocabulary, tags_in
+from beam_pipelines.options import parse_options
+from beam_pipelines.planting import chart, invoice, page
+from embeddings.tagger import LinearTagger, evaluate, tagger_bytes
+from shards.errors import BadData, BadRequest
+from shards.ledger import Ledger, TagsRow
+from shards.records import Tag
+from shards.snapshot import Snapshot
+
+looked: list[tuple[int, ...]] = []
+
+
+class Corner:
+    """Says how bright the first pixel is; will not look at images that are wider than high."""
+
+    fingerprint = "corner 1"
+
+    def tags(self, pixels: np.ndarray) -> list[Tag]:
+        looked.append(pixels.shape)
+        if pixels.shape[1] > pixels.shape[0]:
+            raise BadData("not_square", "too wide")
+        return [Tag("bright corner", int(pixels[0, 0].mean()) * 1000 // 255)]
+
+
+def curated(output: Path, *inputs: Path, **values: object) -> Snapshot:
+    snapshot = curate(
+        parse_options({"input": [str(path) for path in inputs], "output": str(output), **values})
+    )
+    assert snapshot is not None
+    return snapshot
+
+
+def tags_by_name(snapshot: Snapshot) -> dict[str, dict[str, int]]:
+    return {
+        sample.origin.name: {tag.name: tag.score_milli for tag in sample.tags}
+        for sample in snapshot.samples()
+    }
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of invoices, pages and charts."""
+    folder = tmp_path_factory.mktemp("documents")
+    for name, draw in (("invoice", invoice), ("page", page), ("chart", chart)):
+        (folder / name).mkdir()
+        for seed in range(14):
+            draw(seed).save(folder / name / f"{seed}.png")
+    return folder
+
+
+def test_a_head_fitted_on_folders_tags_other_images(
+    documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labelled = tmp_path / "labelled"
+    for kind in documents.iterdir():
+        (labelled / kind.name).mkdir(parents=True)
+        for path in sorted(kind.iterdir())[:11]:
+            shutil.copy(path, labelled / kind.name)
+    curated(tmp_path / "a", labelled)
+    tagger = tmp_path / "made" / "tagger.safetensors"
+    command = [
+        "fit-tagger",
+        str(tmp_path / "a"),
+        "--output",
+        str(tagger),
+        "--held-out",
+        "0.3",
+        "--penalty",
+        "0.01",
+    ]
+    assert run(command) == 0
+    said = capsys.readouterr().out
+    assert "3 tags fitted on" in said and "mAP 1.000" in said and str(tagger) in said
+    others = tmp_path / "others"
+    others.mkdir()
+    for kind in documents.iterdir():
+        shutil.copy(sorted(kind.iterdir())[-1], others / f"{kind.name}.png")
+    snapshot = curated(tmp_path / "b", others, tagger=[str(tagger)], tag_min_score=0.0, max_tags=1)
+    assert {name: list(tags) for name, tags in tags_by_name(snapshot).items()} == {
+        "invoice.png": ["invoice"],
+        "page.png": ["page"],
+        "chart.png": ["chart"],
+    }
+    (sha256,) = snapshot.manifest.options["taggers"]
+    assert len(sha256) == 64 and "tmp" not in sha256
+
+    assert run([*command, "--labels", "captions"]) == 2
+    assert "--vocabulary" in capsys.readouterr().err
+    assert run([*command, "--least-images", "50"]) == 2
+    assert "no tag on 50 of them" in capsys.readouterr().err
+    missing = ["curate", "--input", str(others), "--output", str(tmp_path / "c"), "--tagger"]
+    assert run([*missing, str(tmp_path / "no.safetensors")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    head = LinearTagger(("a",), np.zeros((1, 2), np.float32), np.zeros(1, np.float32), "another")
+    tagger.write_bytes(
+        tagger_bytes(head, evaluate(head, np.zeros((0, 2), np.float16), np.zeros((0, 1), bool)))
+    )
+    assert run([*missing, str(tagger)]) == 2
+    assert "another encoder" in capsys.readouterr().err and not (tmp_path / "c").exists()
+
+
+def test_models_that_look_are_asked_once(documents: Path, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for kind in ("page", "chart"):
+        shutil.copy(documents / kind / "0.png", pictures / f"{kind}.png")
+    shutil.copy(documents / "page" / "0.png", pictures / "same.png")
+    own = f"{__name__}:Corner"
+    options = {"tagger": ["classes", own, "safety"], "max_tags": 20, "tag_min_score": 0.0}
+    looked.clear()
+    first = curated(tmp_path / "out", pictures, **options)
+    assert len(looked) == len(set(looked)) == 2
+    tags = tags_by_name(first)
+    wide = {path.stem for path in pictures.iterdir() if path.stem == "chart"}
+    assert wide and all("unsafe" in found for found in tags.values())
+    assert {name for name, found in tags.items() if "bright corner" in found} == {
+        name for name in tags if not name.startswith("chart")
+    }
+    rows = list(Ledger(first.storage, TagsRow).rows())
+    again = curated(tmp_path / "out", pictures, **options)
+    assert again.id == first.id
+    # What it would not look at is no fact, and is asked for again.
+    assert len(looked) == 3 and len(rows) == 3
+
+
+def test_text_is_told_from_none(documents: Path, corpus: list[Path], tmp_path: Path) -> None:
+    pytest.importorskip("rapidocr_onnxruntime")
+    from PIL import Image
+
+    from embeddings.pixel_taggers import open_tagger
+
+    ocr = open_tagger("ocr")
+    with Image.open(documents / "invoice" / "0.png") as opened:
+        printed = np.asarray(opened.convert("RGB").crop((0, 0, opened.width, opened.height // 3)))
+    (text, *_) = ocr.tags(printed)
+    assert text.name == "text" and text.score_milli > 800
+    with Image.open(corpus[0]) as opened:
+        assert ocr.tags(np.asarray(opened.convert("RGB").resize((320, 320)))) == []
+
+
+def test_a_vocabulary(tmp_path: Path) -> None:
+    path = tmp_path / "words.txt"
+    path.write_text("dog, puppy\nhot dog\n\nT-shirt\n")
+    known = read_vocabulary(str(path))
+    assert tags_in("A puppy in a t-shirt eats a Hot Dog.", known) == {"dog", "hot dog", "T-shirt"}
+    assert tags_in("dogma", known) == set()
+    for text, said in (("", "holds no tag"), ("a\nb, a\n", "is 'a' already")):
+        path.write_text(text)
+        with pytest.raises(BadRequest, match=said):
+            read_vocabulary(str(path))
+    with pytest.raises(BadRequest, match="cannot be read"):
+        read_vocabulary(str(tmp_path / "none"))
