@@ -25,7 +25,6 @@ from beam_pipelines.sources import (
     wanted_sources,
 )
 from beam_pipelines.wording import plural
-from embeddings.contamination import MAX_IMAGES
 from embeddings.duplicates import DuplicateRule, Group
 from embeddings.encoder import Encoder, EncoderSpec, load_encoder
 from embeddings.pixel_taggers import is_pixel_tagger, open_tagger
@@ -160,7 +159,7 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
     sources = find_sources(options)
     benchmarks = find_benchmarks(options.decontaminate)
     check_output(options.output, sources, benchmarks)
-    origins = image_origins(sources, options.limit, options.seed, MAX_IMAGES if benchmarks else None)
+    origins = image_origins(sources, options.limit, options.seed)
     protected = count_protected(benchmarks)
     error_rates(options)
     to = Destination(rooted(options.output), uuid.uuid4().hex)

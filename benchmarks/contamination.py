@@ -16,7 +16,7 @@ from PIL import Image
 
 from beam_pipelines.planting import CHANGES, GEOMETRIC, LOOKALIKES, choose_originals, flatten, png
 from benchmarks.machine import describe
-from embeddings.contamination import ContaminationRule, Print, find_contamination
+from embeddings.contamination import ContaminationRule, Print, Protected, find_contamination
 from embeddings.encoder import EncoderSpec, load_encoder
 from images.decode import Limits, decode
 from shards.ids import image_id_of
@@ -50,7 +50,7 @@ def prints_of(encoded: list[bytes], benchmark: str = "") -> list[Print]:
 def counted(images: list[Print], protected: list[Print]) -> list[str]:
     """How many of the images each mode removes."""
     return [
-        f"{len(find_contamination(images, protected, ['b'], rule).contacts)} of {len(images)}"
+        f"{len(find_contamination(images, Protected(protected, ['b']), rule).contacts)} of {len(images)}"
         for rule in MODES.values()
     ]
 
@@ -69,7 +69,7 @@ def time_search(images: int, protected: int) -> float:
 
     ours, theirs = drawn(images, ""), drawn(protected, "b")
     started = time.perf_counter()
-    assert not find_contamination(ours, theirs, ["b"], ContaminationRule()).contacts
+    assert not find_contamination(ours, Protected(theirs, ["b"]), ContaminationRule()).contacts
     return time.perf_counter() - started
 
 
@@ -97,7 +97,7 @@ def main() -> None:
     names = {
         one.image_id: path.name for one, path in zip([*others, *protected], [*rest, *chosen], strict=True)
     }
-    for contact in find_contamination(others, protected, ["b"], MODES["candidates"]).contacts:
+    for contact in find_contamination(others, Protected(protected, ["b"]), MODES["candidates"]).contacts:
         score = f"{contact.code} {contact.score}"
         print(f"<!-- {names[contact.image_id]} like {names[contact.protected_id]}: {score} -->")
     for name, draw in LOOKALIKES.items():

@@ -10,16 +10,16 @@ depends on the order of images, protected images or benchmarks.
 """
 
 import hashlib
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from embeddings.duplicates import DuplicateRule, Signatures, compare, propose, signatures
+from embeddings.duplicates import DuplicateRule, compare, propose, signatures
 
-MAX_IMAGES, MAX_PROTECTED = 20_000, 200_000
+MAX_PROTECTED = 200_000
+"""Every worker holds them."""
 _BLOCK = 1024
 _PROTECTED_AT_ONCE = 4096
 
@@ -97,49 +97,64 @@ class _Hit(NamedTuple):
     bits: int
 
 
+class Protected:
+    """Images of benchmarks, of distinct ids in each, in any order. Memory: 3 KB an image, with 1,280 dimensions.
+
+    `names` of the benchmarks in order, all of them, and the sha256 of each one's sorted ids in hex.
+    """
+
+    def __init__(self, protected: Sequence[Print], benchmarks: Iterable[str]) -> None:
+        self.names = sorted(benchmarks)
+        column_of = {name: column for column, name in enumerate(self.names)}
+        self.ids = [one.image_id for one in protected]
+        self.columns = np.array([column_of[one.benchmark] for one in protected], np.intp)
+        self.signatures = signatures([one.signature for one in protected]) if protected else None
+        self.rows_of: dict[bytes, list[int]] = {}
+        for row, image_id in enumerate(self.ids):
+            self.rows_of.setdefault(image_id, []).append(row)
+        sorted_ids: list[list[bytes]] = [[] for _ in self.names]
+        for image_id, column in sorted(zip(self.ids, self.columns.tolist(), strict=True)):
+            sorted_ids[column].append(image_id)
+        self.counts = [len(ids) for ids in sorted_ids]
+        self.ids_sha256 = [hashlib.sha256(b"".join(ids)).hexdigest() for ids in sorted_ids]
+
+
 class _Search:
-    """N images beside the protected ones met so far: the hit that is named for each, and bool (N, benchmarks) of hits and verified ones."""
+    """N images beside protected ones: the hit that is named for each, and bool (N, benchmarks) of hits and verified ones."""
 
-    def __init__(self, images: Sequence[Print], benchmarks: Sequence[str], rule: ContaminationRule) -> None:
-        self._verified_only = rule.verified_only
+    def __init__(self, images: Sequence[Print], protected: Protected, rule: ContaminationRule) -> None:
+        self._protected, self._verified_only = protected, rule.verified_only
         self._pairs = DuplicateRule("copies", rule.cosine, rule.phash_bits, rule.structure).thresholds
-        self._ours = signatures([one.signature for one in images])
-        self._row_of = {one.image_id: row for row, one in enumerate(images)}
-        self._column_of = {name: column for column, name in enumerate(benchmarks)}
+        self._ids = [one.image_id for one in images]
         self.named: dict[int, _Hit] = {}
-        self.hit, self.verified = np.zeros((2, len(images), len(benchmarks)), bool)
+        self.hit, self.verified = np.zeros((2, len(images), len(protected.names)), bool)
+        if not images or protected.signatures is None:
+            return
+        self._ours, self._theirs = signatures([one.signature for one in images]), protected.signatures
+        for start in range(0, len(protected.ids), _PROTECTED_AT_ONCE):
+            self._meet(slice(start, start + _PROTECTED_AT_ONCE))
 
-    def meet(self, protected: Sequence[Print]) -> None:
-        theirs = signatures([one.signature for one in protected])
-        columns = np.array([self._column_of[one.benchmark] for one in protected])
-        row_of_same = np.array([self._row_of.get(one.image_id, -1) for one in protected])
-        for start in range(0, len(self.hit), _BLOCK):
-            block = slice(start, min(start + _BLOCK, len(self.hit)))
-            same = np.arange(block.start, block.stop)[:, None] == row_of_same
-            proposed = propose(self._ours.at(block), theirs, self._pairs) | same
-            for row in np.flatnonzero(proposed.any(axis=1)):
-                others = np.flatnonzero(proposed[row])
-                self._judge(
-                    start + int(row),
-                    theirs.at(others),
-                    columns[others],
-                    same[row, others],
-                    [protected[int(other)] for other in others],
-                )
+    def _meet(self, part: slice) -> None:
+        theirs = self._theirs.at(part)
+        for start in range(0, len(self._ids), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            proposed = propose(self._ours.at(block), theirs, self._pairs)
+            for row, image_id in enumerate(self._ids[block]):
+                for place in self._protected.rows_of.get(image_id, ()):
+                    if part.start <= place < part.stop:
+                        proposed[row, place - part.start] = True
+            for near in map(int, np.flatnonzero(proposed.any(axis=1))):
+                self._judge(start + near, part.start + np.flatnonzero(proposed[near]))
 
-    def _judge(
-        self,
-        row: int,
-        theirs: Signatures,
-        columns: npt.NDArray[np.intp],
-        same: npt.NDArray[np.bool_],
-        protected: Sequence[Print],
-    ) -> None:
-        compared = compare(self._ours.at(slice(row, row + 1)), theirs, *self._pairs)
+    def _judge(self, row: int, places: npt.NDArray[np.intp]) -> None:
+        protected = self._protected
+        same = np.isin(places, protected.rows_of.get(self._ids[row], ()))
+        compared = compare(self._ours.at(slice(row, row + 1)), self._theirs.at(places), *self._pairs)
         verified = compared.verified | same
         hits = verified if self._verified_only else verified | compared.candidate
         if not hits.any():
             return
+        columns = protected.columns[places]
         self.hit[row, columns[hits]] = True
         self.verified[row, columns[verified]] = True
         strength = np.where(hits, verified.astype(int) + same, -1)
@@ -147,14 +162,14 @@ class _Search:
         score = compared.scores[strongest].max()
         met = (
             _Hit(
-                -int(strength[place]),
+                -int(strength[at]),
                 -float(score),
-                protected[place].image_id,
-                protected[place].benchmark,
-                bool(compared.by_cosine[place]),
-                int(compared.bits[place]),
+                protected.ids[places[at]],
+                protected.names[columns[at]],
+                bool(compared.by_cosine[at]),
+                int(compared.bits[at]),
             )
-            for place in map(int, np.flatnonzero(strongest & (compared.scores == score)))
+            for at in map(int, np.flatnonzero(strongest & (compared.scores == score)))
         )
         self.named[row] = min(*met, self.named.get(row, _FARTHEST))
 
@@ -173,33 +188,31 @@ def _contact(image_id: bytes, hit: _Hit, rule: ContaminationRule) -> Contact:
 
 
 def find_contamination(
-    images: Sequence[Print], protected: Iterable[Print], benchmarks: Iterable[str], rule: ContaminationRule
+    images: Sequence[Print], protected: Protected, rule: ContaminationRule
 ) -> Contamination:
-    """Compare `images`, of distinct ids, with `protected` ones of these benchmarks, of distinct ids in each; in any order.
+    """Compare `images`, of distinct ids, with protected ones; in any order.
 
-    Work is one comparison per image and protected image, in blocks; memory is linear in the images, and 32 bytes per protected one.
+    Work is one comparison per image and protected image, in blocks. An image's contact does not depend on the others, so a set may be
+    compared part by part: its contacts are those of its parts, its counts their sums (`sum_counts`).
     """
-    names = sorted(benchmarks)
-    ids: dict[str, list[bytes]] = {name: [] for name in names}
-    search = _Search(images, names, rule) if images else None
-    unread = iter(protected)
-    while chunk := list(itertools.islice(unread, _PROTECTED_AT_ONCE)):
-        for one in chunk:
-            ids[one.benchmark].append(one.image_id)
-        if search:
-            search.meet(chunk)
-    hit, verified = (search.hit, search.verified) if search else np.zeros((2, 0, len(names)), bool)
+    search = _Search(images, protected, rule)
     counts = [
         BenchmarkCounts(
             name,
-            len(ids[name]),
-            hashlib.sha256(b"".join(sorted(ids[name]))).hexdigest(),
-            int(hit[:, column].sum()),
-            int(verified[:, column].sum()),
+            protected.counts[column],
+            protected.ids_sha256[column],
+            int(search.hit[:, column].sum()),
+            int(search.verified[:, column].sum()),
         )
-        for column, name in enumerate(names)
+        for column, name in enumerate(protected.names)
     ]
-    named = search.named if search else {}
-    return Contamination(
-        sorted(_contact(images[row].image_id, one, rule) for row, one in named.items()), counts
+    contacts = sorted(_contact(images[row].image_id, one, rule) for row, one in search.named.items())
+    return Contamination(contacts, counts)
+
+
+def sum_counts(parts: Iterable[BenchmarkCounts]) -> BenchmarkCounts:
+    """Of one benchmark's counts in disjoint parts of the images, at least one, those in all of them."""
+    parts = list(parts)
+    return parts[0]._replace(
+        candidates=sum(part.candidates for part in parts), verified=sum(part.verified for part in parts)
     )

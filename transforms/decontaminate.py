@@ -6,16 +6,17 @@ from typing import Any, NamedTuple
 
 import apache_beam as beam
 from apache_beam.metrics import Metrics
-from apache_beam.pvalue import AsDict, TaggedOutput
+from apache_beam.pvalue import AsDict, AsList, TaggedOutput
 from apache_beam.typehints.decorators import no_annotations
 
 from embeddings.contamination import (
-    MAX_IMAGES,
     BenchmarkCounts,
     Contact,
     ContaminationRule,
     Print,
+    Protected,
     find_contamination,
+    sum_counts,
 )
 from shards.errors import RunFailed
 from shards.records import DeadLetter, EmbeddedImage
@@ -23,6 +24,8 @@ from transforms.fates import DECISIONS, decision
 
 STAGE = "decontaminate"
 COUNTS = "counts"
+_BATCH = 4096
+"""Images that a worker compares together with all that is protected."""
 
 
 class Decontaminated(NamedTuple):
@@ -55,18 +58,21 @@ def check_readable(unreadable: Iterable[DeadLetter]) -> None:
 
 
 class _FindContamination(beam.DoFn):
+    """Batches of images, each with what is protected, which a worker prepares once."""
+
     def __init__(self, benchmarks: Sequence[str], rule: ContaminationRule) -> None:
         self._benchmarks, self._rule = benchmarks, rule
 
-    def process(self, joined: tuple[int, Mapping[str, Iterable[Any]]]) -> Iterator[Any]:
-        _, groups = joined
-        check_readable(groups["unreadable"])
-        images = list(groups["images"])
-        if len(images) > MAX_IMAGES:
-            raise RunFailed(
-                f"{len(images)} images, one worker compares at most {MAX_IMAGES}; --limit N takes a sample"
-            )
-        found = find_contamination(images, groups["protected"], self._benchmarks, self._rule)
+    def setup(self) -> None:
+        self._protected: Protected | None = None
+
+    def process(
+        self, batch: Sequence[Print], protected: Sequence[Print], unreadable: Sequence[DeadLetter]
+    ) -> Iterator[Any]:
+        check_readable(unreadable)
+        if self._protected is None:
+            self._protected = Protected(list(protected), self._benchmarks)
+        found = find_contamination(batch, self._protected, self._rule)
         for one in found.counts:
             if not one.protected:
                 raise RunFailed(f"--decontaminate {one.benchmark}=...: no image is there any more")
@@ -95,19 +101,13 @@ class _Remove(beam.DoFn):
         yield TaggedOutput(DECISIONS, row)
 
 
-def _in_one_place(label: str, items: beam.PCollection, kind: Any) -> beam.PCollection:
-    return items | f"OneWorker{label}" >> beam.Map(lambda item: (0, item)).with_output_types(
-        beam.typehints.Tuple[int, kind]
-    )
-
-
 @dataclass
 class Decontaminate(beam.PTransform):
     """{images, protected, unreadable} -> Decontaminated.
 
     `images` EmbeddedImages of the input, every reference, each of which is judged; `protected` those of the benchmarks, which their
-    origins' sources name; `unreadable` DeadLetters of what could not be read of these: one fails the run. All meet in one worker,
-    which bounds this form to `embeddings.contamination.MAX_IMAGES`. Shuffled: hashes and embeddings, each image's once.
+    origins' sources name; `unreadable` DeadLetters of what could not be read of these: one fails the run. Every worker holds the
+    protected images' hashes and embeddings, and the contacts. Shuffled: hashes and embeddings, each image's once.
     """
 
     benchmarks: Sequence[str]
@@ -120,24 +120,27 @@ class Decontaminate(beam.PTransform):
                 found = print_of(image, "" if is_input else image.source_image.origin.source)
                 return found[:2], found
 
-            distinct = (
+            return (
                 images
                 | f"PrintsOf{label}" >> beam.Map(keyed).with_output_types(tuple[tuple[str, bytes], Print])
                 | f"Distinct{label}" >> beam.CombinePerKey(min)
                 | f"Bare{label}" >> beam.Values().with_output_types(Print)
             )
-            return _in_one_place(label, distinct, Print)
 
+        batches = prints("Images", inputs["images"], is_input=True) | "Batch" >> beam.BatchElements(
+            min_batch_size=_BATCH, max_batch_size=_BATCH
+        )
+        # What is protected is checked and counted though there be no image.
+        empty = inputs["images"].pipeline | "Once" >> beam.Create([[]])
         found = (
-            {
-                "images": prints("Images", inputs["images"], is_input=True),
-                "protected": prints("Protected", inputs["protected"], is_input=False),
-                "unreadable": _in_one_place("Unreadable", inputs["unreadable"], DeadLetter),
-                "once": inputs["images"].pipeline | "Once" >> beam.Create([(0, b"")]),
-            }
-            | "MeetProtected" >> beam.CoGroupByKey()
+            (batches, empty)
+            | "Batches" >> beam.Flatten()
             | "FindContamination"
-            >> beam.ParDo(_FindContamination(self.benchmarks, self.rule))
+            >> beam.ParDo(
+                _FindContamination(self.benchmarks, self.rule),
+                protected=AsList(prints("Protected", inputs["protected"], is_input=False)),
+                unreadable=AsList(inputs["unreadable"]),
+            )
             .with_output_types(Contact)
             .with_outputs(COUNTS, main="contacts")
         )
@@ -147,6 +150,11 @@ class Decontaminate(beam.PTransform):
         parted = inputs["images"] | "Remove" >> beam.ParDo(_Remove(), AsDict(contacts)).with_output_types(
             EmbeddedImage
         ).with_outputs(DECISIONS, main="images")
-        # A side input made straight of a tagged output holds the main output too on BundleBasedDirectRunner.
-        counts = found[COUNTS] | "Counts" >> beam.Map(lambda one: one).with_output_types(BenchmarkCounts)
+        counts = (
+            found[COUNTS]
+            | "ByBenchmark"
+            >> beam.Map(lambda one: (one.benchmark, one)).with_output_types(tuple[str, BenchmarkCounts])
+            | "GroupCounts" >> beam.GroupByKey()
+            | "SumCounts" >> beam.Map(lambda keyed: sum_counts(keyed[1])).with_output_types(BenchmarkCounts)
+        )
         return Decontaminated(parted.images, parted[DECISIONS], counts)

@@ -69,7 +69,7 @@ def test_a_folder_of_lists_and_a_single_list(tmp_path: Path) -> None:
     (tmp_path / "u.txt").write_text("http://a.example/x.png\n")
     assert found(str(tmp_path)) == ("urls", ["u.txt"])
     assert found(str(tmp_path / "u.txt")) == ("urls", ["u.txt"])
-    assert {o.name for o in image_origins(sources_of([str(tmp_path)], ""), None, 0, 100)} == {
+    assert {o.name for o in image_origins(sources_of([str(tmp_path)], ""), None, 0)} == {
         "http://a.example/x.png"
     }
     (tmp_path / "u.txt").write_text("notes\n")

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embeddings import contamination
-from embeddings.contamination import ContaminationRule, Print, find_contamination
+from embeddings.contamination import ContaminationRule, Print, Protected, find_contamination, sum_counts
 from shards.ids import image_id_of
 
 NAMES = ("mmmu", "docvqa", "chartqa")
@@ -77,7 +77,7 @@ def oracle(images: list[Print], protected: list[Print], rule: ContaminationRule)
 
 
 def check(images: list[Print], protected: list[Print], rule: ContaminationRule):
-    found = find_contamination(images, protected, NAMES, rule)
+    found = find_contamination(images, Protected(protected, NAMES), rule)
     contacts, counts = oracle(images, protected, rule)
     assert {c.image_id: (c.benchmark, c.protected_id, c.code, c.score) for c in found.contacts} == contacts
     assert {c.benchmark: [c.candidates, c.verified] for c in found.counts} == counts
@@ -101,19 +101,24 @@ def test_across_blocks_and_in_any_order(monkeypatch) -> None:
         rng = np.random.default_rng(0)
         for _ in range(2):
             shuffled = [[set_[index] for index in rng.permutation(len(set_))] for set_ in (images, protected)]
-            assert find_contamination(*shuffled, reversed(NAMES), rule) == first
+            ours, theirs = shuffled[0], Protected(shuffled[1], reversed(NAMES))
+            assert find_contamination(ours, theirs, rule) == first
+            parts = [find_contamination(part, theirs, rule) for part in (ours[:50], ours[50:], [])]
+            assert sorted(contact for part in parts for contact in part.contacts) == first.contacts
+            counts = [sum_counts(of_one) for of_one in zip(*(part.counts for part in parts), strict=True)]
+            assert counts == first.counts
     codes = {contact.code for contact in check(images, protected, ContaminationRule()).contacts}
     assert len(codes) == 5, "every reason occurs"
 
 
 def test_a_protected_set_is_counted_and_named_by_its_distinct_images() -> None:
     images, protected = drawn(1, 4, 6)
-    found = find_contamination(images, iter(protected), NAMES, ContaminationRule())
+    found = find_contamination(images, Protected(protected, NAMES), ContaminationRule())
     for counts in found.counts:
         ids = sorted(one.image_id for one in protected if one.benchmark == counts.benchmark)
         assert counts.protected == len(ids)
         assert counts.ids_sha256 == hashlib.sha256(b"".join(ids)).hexdigest()
-    without = find_contamination([], protected, NAMES, ContaminationRule())
+    without = find_contamination([], Protected(protected, NAMES), ContaminationRule())
     assert without.contacts == []
     assert [c._replace(candidates=0, verified=0) for c in found.counts] == list(without.counts)
 
@@ -124,5 +129,5 @@ def test_the_same_bytes_count_whatever_the_thresholds() -> None:
         benchmark="mmmu", embedding=np.eye(16, dtype="<f2")[0].tobytes(), phash=bytes(8), structure=bytes(128)
     )
     rule = ContaminationRule(True, cosine=1.0, phash_bits=0, structure=0.0)
-    (contact,) = find_contamination(images, [*protected, far], NAMES, rule).contacts
+    (contact,) = find_contamination(images, Protected([*protected, far], NAMES), rule).contacts
     assert contact == (images[0].image_id, "mmmu", far.image_id, "benchmark_bytes", None, None)
