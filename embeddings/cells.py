@@ -30,7 +30,10 @@ BRUTE_FORCE_BELOW = 8_192
 """So few images are compared with one another in a second or two, whatever a sample would say."""
 PART = 16_384
 """Residents of a cell that one worker compares at a time."""
-_ITERATIONS = 8
+_ITERATIONS, _POINTS = 8, 64
+"""Of k-means, and vectors a centroid that it is fitted on."""
+_ROUGH, _ROUGH_ITERATIONS = 8192, 2
+"""Vectors and iterations that tell which number of cells is the cheapest."""
 _SQUARED_NORM = 1.002
 """Of a unit vector rounded to float16, at most."""
 _SLACK = 1e-3
@@ -164,12 +167,14 @@ class Plan(NamedTuple):
     why: str
 
 
-def fit(sample: npt.NDArray[np.float16], num_cells: int) -> npt.NDArray[np.float32]:
+def fit(
+    sample: npt.NDArray[np.float16], num_cells: int, iterations: int = _ITERATIONS
+) -> npt.NDArray[np.float32]:
     """k-means centroids float32 (num_cells, D), seeded."""
     means = faiss.Kmeans(
         sample.shape[1],
         num_cells,
-        niter=_ITERATIONS,
+        niter=iterations,
         seed=0,
         min_points_per_centroid=1,
         max_points_per_centroid=1 << 20,
@@ -201,45 +206,73 @@ def plan_cells(
     dimensions = sample.shape[1]
     if count <= BRUTE_FORCE_BELOW:
         return Plan(brute_force(count), BRUTE_FORCE, f"{count} images are few")
-    sizes = [len(frozen)] if frozen is not None else _sizes(count, len(sample))
-    close = _close_pairs(sample, thresholds.cosine, recall) if recall < 1 else None
     options: list[tuple[float, Estimate, Cells]] = [
         (BRUTE_FORCE.cost(count, dimensions), BRUTE_FORCE, brute_force(count))
     ]
-    # Centroids fitted on the pairs that recall is told from would part fewer of them than of others.
-    fitted = sample if close is None else np.delete(sample, close, axis=0)
-    for size in sizes:
-        centroids = frozen if frozen is not None else fit(fitted, size)
+    rough = [frozen] if frozen is not None else _rough_centroids(sample, count)
+    tried = [
+        _estimate(sample[:_ROUGH], count, _all_guests(centroids), thresholds.cosine) for centroids in rough
+    ]
+    unsure = ""
+    if tried:
+        best = min(range(len(tried)), key=lambda place: tried[place][0].cost(count, dimensions))
+        close = None
+        if recall < 1:
+            close = _close_pairs(sample, thresholds.cosine, recall, rough[best])
+            unsure = "; the sample has too few pairs to tell the recall of less" if close is None else ""
+        centroids = frozen
+        if centroids is None:
+            # Fitted on the pairs that recall is told from, they would part fewer of them than of others.
+            others = sample if close is None else np.delete(sample, close, axis=0)
+            centroids = fit(others[: _POINTS * len(rough[best])], len(rough[best]))
         for limit in (-1,) if close is None else (-1, 1, 2, 4, 8, 16):
-            cells = Cells(centroids, np.ones(len(centroids), np.int64), limit)
+            cells = _all_guests(centroids)._replace(max_guests=limit)
             estimate, sized = _estimate(sample, count, cells, thresholds.cosine, close)
             if estimate.recall >= recall:
                 options.append((estimate.cost(count, dimensions), estimate, sized))
     cost, estimate, cells = min(options, key=lambda option: option[0])
-    beside = "; ".join(str(other) for _, other, _ in options if other != estimate)
-    unsure = ""
-    if recall < 1 and close is None:
-        unsure = "; the sample has too few pairs to tell the recall of less"
-    why = f"{cost / options[0][0]:.1%} of the cost of brute force, from a sample of {len(sample)}; beside it {beside}{unsure}"
+    others_tried = [str(other) for _, other, _ in options if other != estimate]
+    others_tried += [f"about {other}" for other, _ in tried if other.num_cells != len(cells.centroids)]
+    why = (
+        f"{cost / options[0][0]:.1%} of the cost of brute force, from a sample of {len(sample)};"
+        f" beside it {'; '.join(others_tried)}{unsure}"
+    )
     return Plan(cells, estimate, why)
 
 
+def _all_guests(centroids: npt.NDArray[np.float32]) -> Cells:
+    return Cells(centroids, np.ones(len(centroids), np.int64))
+
+
+def _rough_centroids(sample: npt.NDArray[np.float16], count: int) -> list[npt.NDArray[np.float32]]:
+    """Of each number of cells worth a look, good enough to tell which is the cheapest."""
+    return [fit(sample[:_ROUGH], size, _ROUGH_ITERATIONS) for size in _sizes(count, min(_ROUGH, len(sample)))]
+
+
 def _sizes(count: int, sample: int) -> list[int]:
-    """Numbers of cells worth a look: about the square root of the images, 8 of the sample in each at least."""
+    """Numbers of cells worth a look: about the square root of the images, 4 of the sample in each at least."""
     middle = 1 << round(math.log2(math.sqrt(count)))
-    return sorted({size for size in (middle // 4, middle, middle * 2) if 2 <= size <= sample // 8})
+    return sorted({size for size in (middle // 4, middle, middle * 2) if 2 <= size <= sample // 4})
 
 
 def _close_pairs(
-    sample: npt.NDArray[np.float16], cosine: float, recall: float
+    sample: npt.NDArray[np.float16], cosine: float, recall: float, centroids: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.intp] | None:
-    """Rows of pairs that reach the threshold, (P, 2), at most a quarter as many as vectors; None where they are too few to tell this recall."""
+    """Rows of pairs that reach the threshold, (P, 2), at most a quarter as many as vectors; None where they are too few to tell this recall.
+
+    Found in exact cells of any `centroids`.
+    """
+    visits = Router(_all_guests(centroids), cosine).route(sample)
+    order = np.argsort(visits.cells, kind="stable")
+    bounds = np.searchsorted(visits.cells[order], np.arange(len(centroids) + 1)).tolist()
     wide = sample.astype(np.float32)
-    found = []
-    for start in range(0, len(wide), 1024):
-        row, column = np.nonzero(wide[start : start + 1024] @ wide[start:].T >= cosine)
-        found.append(start + np.stack([row, column], axis=1)[row < column])
-    pairs = np.concatenate(found)
+    found = [np.empty((0, 2), np.intp)]
+    for start, end in itertools.pairwise(bounds):
+        rows, home = visits.rows[order[start:end]], visits.home[order[start:end]]
+        row, column = np.nonzero(wide[rows[home]] @ wide[rows].T >= cosine)
+        ends = np.stack([rows[home][row], rows[column]], axis=1)
+        found.append(np.sort(ends[ends[:, 0] != ends[:, 1]], axis=1))
+    pairs = np.unique(np.concatenate(found), axis=0)
     some = np.random.default_rng(0).permutation(len(pairs))[: len(sample) // 4]
     return pairs[some] if len(some) * (1 - recall) >= _UNSEEN else None
 
@@ -249,7 +282,7 @@ def _estimate(
     count: int,
     cells: Cells,
     cosine: float,
-    close: npt.NDArray[np.intp] | None,
+    close: npt.NDArray[np.intp] | None = None,
 ) -> tuple[Estimate, Cells]:
     router = Router(cells, cosine)
     num_cells, num = len(cells.centroids), len(sample)
@@ -276,6 +309,7 @@ def _estimate(
         # Of misses that are so many in a sample, as many more may be due, 19 times of 20.
         missed = int((~met).sum())
         recall = 1 - (missed + 2 * math.sqrt(missed) + _UNSEEN) / len(met)
-    share = float((residents**2 + 2 * residents * guests).sum()) / num**2
+    # Of the sample's own pairs, so that a sample of few in each cell tells the share of many.
+    share = float((residents * (residents - 1) + 2 * residents * guests).sum()) / (num * (num - 1))
     estimate = Estimate(num_cells, cells.max_guests, float(1 + guests.sum() / num), share, recall)
     return estimate, cells._replace(parts=np.array([_parts(size * count / num) for size in residents]))
