@@ -5,6 +5,7 @@ For tests in process; what tests start as a process of its own is Beam as it is.
 
 import functools
 import sys
+import types
 
 
 def ask_once() -> None:
@@ -14,11 +15,28 @@ def ask_once() -> None:
     from apache_beam.typehints import decorators
 
     get_signature = decorators.get_signature
-    kept = functools.cache(get_signature)
+    of_function, of_bound = functools.cache(get_signature), {}
+
+    def kept(function: object) -> object:
+        if not isinstance(function, types.MethodType):
+            return of_function(function)
+        # A DoFn is unpickled for every bundle; the methods of all that are of its class read alike.
+        if function.__func__ not in of_bound:
+            of_bound[function.__func__] = get_signature(function)
+        return of_bound[function.__func__]
+
     for module in list(sys.modules.values()):
         if getattr(module, "get_signature", None) is get_signature:
             module.get_signature = kept
-    userstate.get_dofn_specs = functools.cache(userstate.get_dofn_specs)
+    get_dofn_specs, specs = userstate.get_dofn_specs, {}
+
+    def dofn_specs(dofn: object) -> object:
+        key = type(dofn), getattr(dofn, "_fn", None)  # of a wrapped function, its own arguments count
+        if key not in specs:
+            specs[key] = get_dofn_specs(dofn)
+        return specs[key]
+
+    userstate.get_dofn_specs = dofn_specs
     make_view = PipelineOptions.view_as
     views: dict[tuple[int, type], tuple[PipelineOptions, object]] = {}
 
