@@ -17,7 +17,8 @@ from PIL import Image
 
 from shards.errors import BadData, BadRequest
 from synthesis.backend import Ask, Picture, VlmFailure
-from synthesis.client import ChatClient, ProbeResult, probe
+from synthesis.client import ChatClient
+from synthesis.probe import ProbeResult, probe
 
 KEY = "canary-7f3a9c"
 Reply = Callable[[BaseHTTPRequestHandler], None]
@@ -113,9 +114,14 @@ def drips(handler: BaseHTTPRequestHandler) -> None:
 
 
 def client_of(hostile: Hostile, waits: list[float] | None = None, **options: Any) -> ChatClient:
+    waits = [] if waits is None else waits
     options = {"max_attempts": 3, "timeout_s": 5} | options
     return ChatClient(
-        hostile.base_url, "served", sleep=(waits if waits is not None else []).append, **options
+        hostile.base_url,
+        "served",
+        sleep=waits.append,
+        clock=lambda: time.monotonic() + sum(waits),
+        **options,
     )
 
 
@@ -237,7 +243,7 @@ def test_half_a_surrogate_pair_cannot_reach_a_file(hostile: Hostile) -> None:
 def test_the_key_is_sent_and_found_nowhere_else(hostile: Hostile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CANARY_KEY", KEY)
     client = client_of(hostile, api_key_env="CANARY_KEY")
-    client.sleep = time.sleep
+    client.sleep, client.clock = time.sleep, time.monotonic
     hostile.replies = [says("ok"), status(400, f"bad key {KEY}")]
     client.open()
     assert client.chat(Ask("Why?")).text == "ok"
@@ -280,8 +286,8 @@ def test_base_urls() -> None:
         "http://host:8000/v1",
         " http://host:8000/v1/ ",
     ):
-        assert ChatClient(spelling, "m").base_url == "http://host:8000/v1"
-    assert ChatClient("https://host/api", "m").base_url == "https://host/api/v1"
+        assert ChatClient(spelling, "m").base_urls == ("http://host:8000/v1",)
+    assert ChatClient("https://host/api", "m").base_urls == ("https://host/api/v1",)
     for wrong in (
         "host:8000",
         "ftp://host",
@@ -297,7 +303,7 @@ def test_base_urls() -> None:
 
 def test_probe_of_a_server_that_sees(hostile: Hostile) -> None:
     hostile.replies = [says("Red.")]
-    assert probe(client_of(hostile).with_model(""), False) == ProbeResult("served", True)
+    assert probe(client_of(hostile).with_model(""), False) == ProbeResult("served", True, False, False)
     url = hostile.requests[0]["messages"][0]["content"][0]["image_url"]["url"]
     assert Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).size == (32, 32)
 
@@ -305,7 +311,7 @@ def test_probe_of_a_server_that_sees(hostile: Hostile) -> None:
 @pytest.mark.parametrize("code", [400, 422, 500])
 def test_probe_of_a_server_that_refuses_images(hostile: Hostile, code: int) -> None:
     hostile.replies, hostile.refuses_images = [says("Red.")], code
-    assert probe(client_of(hostile), True) == ProbeResult("served", False)
+    assert probe(client_of(hostile), True) == ProbeResult("served", False, False, False)
     with pytest.raises(BadRequest, match="refuses images .*--allow-text-only"):
         probe(client_of(hostile), False)
 

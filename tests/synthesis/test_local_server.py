@@ -17,9 +17,10 @@ from shards.errors import BadRequest, RunFailed
 from shards.records import MediaRef, Origin, PlannedImage, PlannedType, SourceImage, Tag
 from synthesis import local_server
 from synthesis.backend import Picture, VlmFailure
-from synthesis.client import ChatClient, ProbeResult, probe
+from synthesis.client import ChatClient
 from synthesis.generate import synthesise
 from synthesis.local_server import MODEL_NAME, find_weights, serve_smollm2
+from synthesis.probe import ProbeResult, probe
 from synthesis.prompts import load_prompt_pair
 
 ROOT = Path(local_server.__file__).parents[1]
