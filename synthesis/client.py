@@ -221,8 +221,6 @@ class ChatClient:
         server = opened.servers[turn.replica]
         try:
             with self._in_turn(call):
-                if turn.trial:
-                    server.models(TRIAL_S)
                 said = server.complete(sent, max(0.001, min(self.timeout_s, call.end - self.clock())))
             usage = usage_of(said)
             opened.meter.charge(ask, *usage)
@@ -252,16 +250,31 @@ class ChatClient:
 
     def _taken(self, affinity: bytes, call: "_Call") -> Turn:
         """A replica to ask now, after the pause that one asked for. Raises VlmFailure where there is none in time."""
-        while (turn := self._state().replicas.take(affinity)).replica < 0:
-            if turn.all_dead:
+        opened = self._state()
+        while True:
+            turn = opened.replicas.take(affinity)
+            if turn.replica >= 0:
+                if not turn.trial or self._lives(turn.replica):
+                    return turn
+            elif turn.all_dead:
                 raise VlmFailure("vlm_unreachable", "all servers failed lately", 0, True, turn.wait_s)
-            if self.clock() + turn.wait_s >= call.end:
+            elif self.clock() + turn.wait_s >= call.end:
                 # Who cannot ask must not race through its images.
                 self.sleep(_MUTE_WAIT_S)
                 what = f"the server asked to be left alone for {turn.wait_s:.0f} s"
                 raise VlmFailure("vlm_rate_limited", what, 0, True, turn.wait_s)
-            self.sleep(turn.wait_s)
-        return turn
+            else:
+                self.sleep(turn.wait_s)
+
+    def _lives(self, replica: int) -> bool:
+        """Whether one that was dead lists its models again: no attempt of a call is spent on finding out."""
+        opened = self._state()
+        try:
+            opened.servers[replica].models(TRIAL_S)
+        except VlmFailure as failure:
+            opened.replicas.failed(replica, failure)
+            return False
+        return True
 
     def _state(self) -> _Opened:
         opened = self._opened or self.open()._opened

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from shards.errors import BadRequest, RunFailed
 from synthesis.backend import Ask, VlmFailure
 
-PATIENCE_CALLS = 20
+PATIENCE_CALLS = 5
 """So many calls in a row must have failed, besides the time that passed, before a run is given up."""
 
 

@@ -11,7 +11,7 @@ from synthesis.backend import VlmFailure
 
 DEAD_AFTER = 3
 """Failed attempts in a row after which a replica counts as dead, where there is another."""
-FIRST_REST_S, MAX_REST_S = 1.0, 60.0
+FIRST_REST_S, MAX_REST_S = 1.0, 30.0
 """A dead replica is left alone for so long before it is tried again; twice as long each time."""
 STAY_S = 5.0
 """An image waits for its replica, which asked to be left alone, at most so long; then it moves to another."""

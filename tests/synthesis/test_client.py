@@ -3,10 +3,9 @@ import io
 import json
 import pickle
 import socket
-import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,9 +18,9 @@ from shards.errors import BadData, BadRequest
 from synthesis.backend import Ask, Picture, VlmFailure
 from synthesis.client import ChatClient
 from synthesis.probe import ProbeResult, probe
+from tests.hostile_vlm import Reply, drips, hangs, raw, reset_mid_body, says, status
 
 KEY = "canary-7f3a9c"
-Reply = Callable[[BaseHTTPRequestHandler], None]
 
 
 @dataclass
@@ -64,53 +63,6 @@ def hostile() -> Iterator[Hostile]:
     yield state
     server.shutdown()
     server.server_close()
-
-
-def raw(body: bytes, code: int = 200, **headers: str) -> Reply:
-    def reply(handler: BaseHTTPRequestHandler) -> None:
-        handler.send_response(code)
-        for name, value in ({"Content_Length": str(len(body))} | headers).items():
-            handler.send_header(name.replace("_", "-"), value)
-        handler.end_headers()
-        try:
-            handler.wfile.write(body)
-        except OSError:
-            pass  # The client hung up, as it should on a body that is too large.
-
-    return reply
-
-
-def status(code: int, content: object = "no", **headers: str) -> Reply:
-    return raw(json.dumps(content).encode(), code, **headers)
-
-
-def says(text: object) -> Reply:
-    return status(200, {"choices": [{"message": {"role": "assistant", "content": text}}]})
-
-
-def reset_mid_body(handler: BaseHTTPRequestHandler) -> None:
-    raw(b'{"choices": [', Content_Length="5000")(handler)
-    handler.wfile.flush()
-    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    handler.connection.close()
-    handler.close_connection = True
-
-
-def hangs(handler: BaseHTTPRequestHandler) -> None:
-    time.sleep(0.3)
-    handler.close_connection = True
-
-
-def drips(handler: BaseHTTPRequestHandler) -> None:
-    raw(b"", Content_Length="5000")(handler)
-    for _ in range(20):
-        try:
-            handler.wfile.write(b" ")
-            handler.wfile.flush()
-        except OSError:
-            break
-        time.sleep(0.05)
-    handler.close_connection = True
 
 
 def client_of(hostile: Hostile, waits: list[float] | None = None, **options: Any) -> ChatClient:
@@ -171,16 +123,16 @@ def test_each_fault_has_its_code_and_number_of_attempts(
 
 
 def test_timeouts_are_retried(hostile: Hostile) -> None:
-    hostile.replies = [hangs, says("late")]
+    hostile.replies = [hangs(0.3), says("late")]
     assert chat(client_of(hostile, timeout_s=0.1)) == "late"
-    hostile.replies = [hangs]
+    hostile.replies = [hangs(0.3)]
     with pytest.raises(VlmFailure) as caught:
         chat(client_of(hostile, timeout_s=0.05, max_attempts=2))
     assert (caught.value.code, len(hostile.requests)) == ("vlm_timeout", 4)
 
 
 def test_a_dripping_body_ends_at_the_timeout(hostile: Hostile) -> None:
-    hostile.replies = [drips]
+    hostile.replies = [drips(1.0)]
     began = time.monotonic()
     with pytest.raises(VlmFailure) as caught:
         chat(client_of(hostile, timeout_s=0.15, max_attempts=1))
@@ -326,7 +278,7 @@ def test_probe_names_the_model_that_was_meant(hostile: Hostile) -> None:
 
 @pytest.mark.parametrize(
     ("reply", "check"),
-    [(status(503), "OpenAI-compatible"), (status(401), "the key"), (hangs, "that the server runs")],
+    [(status(503), "OpenAI-compatible"), (status(401), "the key"), (hangs(0.3), "that the server runs")],
 )
 def test_probe_does_not_blame_the_image_for_a_broken_server(
     hostile: Hostile, reply: Reply, check: str
