@@ -1,9 +1,11 @@
 """One OpenAI-compatible server over HTTP: one attempt at a time, bounded in bytes and seconds, every failure with a stable code."""
 
+import contextlib
 import json
 import os
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -44,17 +46,19 @@ class Server:
 
     def __init__(self, base_url: str, api_key_env: str = "") -> None:
         self.base_url, self.api_key_env = base_url, api_key_env
-        self._http: httpx.Client | None = None
-        self._opening = threading.Lock()
+        self._headers: dict[str, str] | None = None
+        # Each serves one request at a time: a pool of many connections looks at all of them for every request.
+        self._idle: list[httpx.Client] = []
+        self._tls = httpx.create_ssl_context() if base_url.startswith("https") else False
+        self._lock = threading.Lock()
 
-    def open(self) -> httpx.Client:
-        """The connection pool. Raises BadRequest if the variable is named but not set."""
-        with self._opening:
-            if self._http is None:
-                self._http = self._connected()
-            return self._http
+    def open(self) -> None:
+        """Read the key. Raises BadRequest if the variable is named but not set."""
+        with self._lock:
+            if self._headers is None:
+                self._headers = self._read_headers()
 
-    def _connected(self) -> httpx.Client:
+    def _read_headers(self) -> dict[str, str]:
         # Identity: a compressed body could unpack to far more than the size cap before it is seen.
         headers = {"accept-encoding": "identity"}
         if self.api_key_env:
@@ -64,20 +68,35 @@ class Server:
             if not (key.isascii() and key.isprintable()):
                 raise BadRequest(f"vlm-api-key-env: {self.api_key_env} holds characters no header can carry")
             headers["authorization"] = f"Bearer {key}"
-        # A proxy named in the environment is for the network, never for this machine.
-        trust_env = httpx.URL(self.base_url).host not in _LOOPBACK
-        # Callers are counted elsewhere: a limit here would only make them wait where no timeout tells why.
-        limits = httpx.Limits(
-            max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEPALIVE_S
-        )
-        return httpx.Client(headers=headers, trust_env=trust_env, limits=limits)
+        return headers
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[httpx.Client]:
+        self.open()
+        with self._lock:
+            headers = self._headers
+            http = self._idle.pop() if self._idle else None
+        if http is None:
+            # A proxy named in the environment is for the network, never for this machine.
+            trust_env = httpx.URL(self.base_url).host not in _LOOPBACK
+            limits = httpx.Limits(keepalive_expiry=_KEEPALIVE_S)
+            http = httpx.Client(headers=headers, trust_env=trust_env, limits=limits, verify=self._tls)
+        try:
+            yield http
+        finally:
+            with self._lock:
+                kept = self._headers is headers
+                if kept:
+                    self._idle.append(http)
+            if not kept:
+                http.close()
 
     def close(self) -> None:
-        """Drop the connections and the key. The next request opens anew."""
-        with self._opening:
-            if self._http is not None:
-                self._http.close()
-                self._http = None
+        """Drop the connections and the key; those in use, when they are done. The next request opens anew."""
+        with self._lock:
+            idle, self._idle, self._headers = self._idle, [], None
+        for http in idle:
+            http.close()
 
     def models(self, limit_s: float) -> list[str]:
         """Names under /models. Raises VlmFailure."""
@@ -116,9 +135,12 @@ class Server:
     ) -> tuple[int, httpx.Headers, bytes]:
         deadline = time.monotonic() + limit_s
         headers = None if body is None else _JSON
-        with self.open().stream(
-            method, self.base_url + path, content=body, headers=headers, timeout=limit_s
-        ) as response:
+        with (
+            self._connection() as http,
+            http.stream(
+                method, self.base_url + path, content=body, headers=headers, timeout=limit_s
+            ) as response,
+        ):
             if response.headers.get("content-encoding", "identity") != "identity":
                 raise VlmFailure("vlm_bad_response", "the body is compressed although identity was asked for")
             raw = bytearray()
