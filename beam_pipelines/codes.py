@@ -97,6 +97,8 @@ CODES: Mapping[str, str] = {
     "vlm_refused": "The server refused the request; asking again would not help.",
     "vlm_bad_response": "What the server sent is no chat completion.",
     "vlm_empty": "The model answered with nothing.",
+    "vlm_bad_json": "The answer is not JSON of the form that was asked for, nor was the one after it, for which the model was told what is wrong.",
+    "vlm_over_budget": "It was not asked: the run had used up its tokens, its money or its time. A run with more goes on here.",
     "vlm_no_evidence": "The model sees no images, and there was neither a tag nor a caption to tell it.",
     "vlm_bad_question": "What the model wrote is not one question of its own words.",
     "vlm_bad_answer": "What the model wrote says nothing, too much, or only the question again.",

@@ -411,9 +411,9 @@ class CurateOptions(BaseModel):
         le=1,
     )
 
-    vlm_base_url: str = option(
-        "",
-        "OpenAI-compatible endpoint; without one nothing is synthesised.",
+    vlm_base_url: list[str] = option(
+        [],
+        "OpenAI-compatible endpoint; without one nothing is synthesised. Repeatable, for several servers of one model.",
         affects_bytes=False,
         group="Synthesis",
     )
@@ -429,8 +429,56 @@ class CurateOptions(BaseModel):
     vlm_concurrency: int = option(
         8, "Images in work at a time, per worker.", affects_bytes=False, group="Synthesis", ge=1, le=1024
     )
+    vlm_job_concurrency: int = option(
+        0,
+        "Requests at a time over all workers, shared out evenly. 0: as many as --vlm-concurrency makes.",
+        affects_bytes=False,
+        group="Synthesis",
+        ge=0,
+    )
+    vlm_rate: float = option(
+        0,
+        "Requests a second over all workers. 0: as many as are answered.",
+        affects_bytes=False,
+        group="Synthesis",
+        ge=0,
+    )
     vlm_timeout_s: float = option(
-        120, "Seconds that one call may take.", affects_bytes=False, group="Synthesis", gt=0
+        120, "Seconds that one attempt at a call may take.", affects_bytes=False, group="Synthesis", gt=0
+    )
+    vlm_patience_s: float = option(
+        120,
+        "End the run where calls fail and none has succeeded for so many seconds. 0: never.",
+        affects_bytes=False,
+        group="Synthesis",
+        ge=0,
+    )
+    token_budget: int = option(
+        0,
+        "Tokens of prompts and answers that a run may use; what is left is `vlm_over_budget`. 0: no limit.",
+        affects_bytes=False,
+        group="Synthesis",
+        ge=0,
+    )
+    max_cost: float = option(
+        0,
+        "What a run may spend, in the currency of --vlm-price-in and --vlm-price-out. 0: no limit.",
+        affects_bytes=False,
+        group="Synthesis",
+        ge=0,
+    )
+    vlm_price_in: float = option(
+        0, "Price of a million prompt tokens.", affects_bytes=False, group="Synthesis", ge=0
+    )
+    vlm_price_out: float = option(
+        0, "Price of a million answer tokens.", affects_bytes=False, group="Synthesis", ge=0
+    )
+    vlm_budget_s: float = option(
+        0,
+        "Seconds from the start of the run after which no call is begun. 0: no limit.",
+        affects_bytes=False,
+        group="Synthesis",
+        ge=0,
     )
     allow_text_only: bool = option(
         False,
@@ -447,7 +495,12 @@ class CurateOptions(BaseModel):
     )
 
     workers: int = option(
-        1, "Worker processes on this machine.", affects_bytes=False, group="Running", ge=1, le=256
+        1,
+        "Worker processes on this machine; with another runner, the most that it starts, by which limits on calls are shared out.",
+        affects_bytes=False,
+        group="Running",
+        ge=1,
+        le=4096,
     )
 
     def affecting_bytes(self) -> dict[str, Any]:
@@ -493,7 +546,7 @@ def _read_config(path: str) -> dict[str, Any]:
 def parse_options(flags: dict[str, Any], config: str = "") -> CurateOptions:
     """Options from flags over YAML over defaults. Raises BadRequest: one line with the field, its value and what is allowed."""
     values = (_read_config(config) if config else {}) | flags
-    for name in ("input", "reuse_from", "max_error_rate", "filter", "decontaminate", "tagger"):
+    for name in (name for name, field in CurateOptions.model_fields.items() if field.annotation == list[str]):
         if isinstance(values.get(name), str):
             values[name] = [values[name]]
     unknown = sorted(set(values) - set(CurateOptions.model_fields))

@@ -3,6 +3,7 @@
 import difflib
 import math
 import os
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from beam_pipelines.codes import CODES
 from beam_pipelines.launch import beam_options, is_local
 from beam_pipelines.located import passed_over
-from beam_pipelines.options import CurateOptions
+from beam_pipelines.options import CurateOptions, flag
 from beam_pipelines.sources import (
     check_output,
     count_gone,
@@ -29,7 +30,8 @@ from embeddings.duplicates import DuplicateRule, Group
 from embeddings.encoder import Encoder, EncoderSpec, load_encoder
 from embeddings.pixel_taggers import is_pixel_tagger, open_tagger
 from images.align import ALIGNER
-from images.decode import Limits, decoder_of
+from images.decode import Limits as DecodeLimits
+from images.decode import decoder_of
 from images.fetch import Reach
 from images.rewrite import Rewrite
 from images.sources.source import Source
@@ -39,7 +41,8 @@ from shards.ledger import AlignmentRow, CellsRow, ImageRow, Ledger, RefRow, Sear
 from shards.snapshot import Destination, StoredPack, open_by_id, open_snapshot, read_current, split_at
 from shards.spool import FOLDER, spooled_uris
 from shards.storage import Storage, rooted, storage_of
-from synthesis.client import ChatClient, probe
+from synthesis.backends import BackendOptions, find_backend
+from synthesis.limits import Limits, Prices
 from synthesis.planner import LookupPlanner
 from synthesis.prompts import load_prompt_pair
 from transforms.against import KeptPack
@@ -57,10 +60,11 @@ MAX_GONE = 0.1
 
 
 class Synthesis(NamedTuple):
-    """How conversations are made: by whom, and of which type."""
+    """How conversations are made: by whom, and of which type. `note` says by whom in words."""
 
     backend: Backend
     planner: LookupPlanner
+    note: str
 
 
 class Tagging(NamedTuple):
@@ -130,25 +134,53 @@ def filter_rule(options: CurateOptions) -> FilterRule:
     return FilterRule(**limits, expressions=tuple(options.filter))
 
 
-def prepare_synthesis(options: CurateOptions, reach: Reach) -> Synthesis | None:
-    """Probe the endpoint, if there is one. Raises BadRequest where it cannot be used as asked."""
+def call_limits(options: CurateOptions, pipeline_options: PipelineOptions) -> Limits:
+    """What each worker process may ask of the model: its share of what the job may. Raises BadRequest."""
+    shared = [
+        flag(name)
+        for name in ("vlm_job_concurrency", "vlm_rate", "token_budget", "max_cost")
+        if getattr(options, name)
+    ]
+    if shared and not is_local(pipeline_options) and "workers" not in options.model_fields_set:
+        raise BadRequest(
+            f"{shared[0]}: is shared out among the workers: give --workers, the most worker processes that the runner starts"
+        )
+    limits = Limits(
+        concurrency=options.vlm_job_concurrency,
+        rate=options.vlm_rate,
+        tokens=options.token_budget,
+        cost=options.max_cost,
+        prices=Prices(options.vlm_price_in, options.vlm_price_out),
+        until=time.time() + options.vlm_budget_s if options.vlm_budget_s else 0.0,
+        patience_s=options.vlm_patience_s,
+    ).share(options.workers)
+    concurrency = min(limits.concurrency or options.vlm_concurrency, options.vlm_concurrency)
+    return limits._replace(concurrency=concurrency)
+
+
+def prepare_synthesis(options: CurateOptions, reach: Reach, limits: Limits, run: str) -> Synthesis | None:
+    """Probe the endpoints, if there are any. Raises BadRequest where they cannot be used as asked."""
     if not options.vlm_base_url:
         return None
-    with ChatClient(
-        options.vlm_base_url,
-        options.vlm_model,
-        api_key_env=options.vlm_api_key_env,
-        timeout_s=options.vlm_timeout_s,
-    ) as client:
-        found = probe(client, options.allow_text_only)
+    found = find_backend(
+        BackendOptions(
+            options.vlm_base_url,
+            options.vlm_model,
+            options.vlm_api_key_env,
+            options.vlm_timeout_s,
+            options.allow_text_only,
+            limits,
+            run,
+        )
+    )
     backend = Backend(
-        client.with_model(found.model),
+        found.backend,
         load_prompt_pair(found.sees_images),
         options.vlm_max_pixels if found.sees_images else None,
         reach,
-        options.vlm_concurrency,
+        limits.concurrency,
     )
-    return Synthesis(backend, LookupPlanner())
+    return Synthesis(backend, LookupPlanner(), found.note)
 
 
 def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
@@ -162,6 +194,7 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
     origins = image_origins(sources, options.limit, options.seed)
     protected = count_protected(benchmarks)
     error_rates(options)
+    limits = call_limits(options, pipeline_options)
     to = Destination(rooted(options.output), uuid.uuid4().hex)
     base_id = read_current(to.storage).snapshot
     base = open_by_id(to.storage, base_id) if base_id else None
@@ -175,7 +208,7 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
     model = load_encoder(spec)
     decoders = max(1, len(os.sched_getaffinity(0)) // options.workers) if is_local(pipeline_options) else 0
     reach = reach_of(to, options, decoders)
-    synthesis = prepare_synthesis(options, reach)
+    synthesis = prepare_synthesis(options, reach, limits, to.token)
     stored = base.stored_packs() if base else []
     memory = recall_from(to, options, model)
     search, against = search_for(to, options, model), kept_packs(options.against)
@@ -224,7 +257,7 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
 
 def reach_of(to: Destination, options: CurateOptions, decoders: int) -> Reach:
     """How this run fetches."""
-    limits = Limits(int(options.max_image_bytes), options.max_image_pixels)
+    limits = DecodeLimits(int(options.max_image_bytes), options.max_image_pixels)
     web = WebOptions(
         allow_private=options.allow_private,
         max_bytes=limits.max_bytes,
@@ -362,7 +395,7 @@ def plan_text(prepared: Prepared) -> str:
     synthesis = "none (no --vlm-base-url)"
     if job.synthesis is not None:
         sight = "sends images" if job.synthesis.backend.max_pixels else "text only: tags and captions"
-        synthesis = f"{job.synthesis.backend.client.model}, {sight}"
+        synthesis = f"{job.synthesis.note}, {sight}"
     less = f"; {gone} of the snapshot in force are not among them" if gone else ""
     beside = passed_over(job.sources)
     note = f"\n{beside}" if beside else ""

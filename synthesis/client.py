@@ -1,32 +1,29 @@
-"""A client of any OpenAI-compatible chat server: one image and one text in, one text out, every failure with a stable code."""
+"""A client of OpenAI-compatible chat servers: images and a text in, text or JSON out, every failure with a stable code."""
 
 import base64
-import difflib
-import io
+import contextlib
 import json
-import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-import httpx
+import orjson
 import tenacity
-from PIL import Image
 
 from shards.errors import BadRequest
-from shards.retry_after import retry_after_s
-from synthesis.backend import Ask, Picture, Reply, VlmFailure
+from synthesis.backend import Ask, Reply, VlmFailure
+from synthesis.limits import UNLIMITED, Limits, Meter, Spent
+from synthesis.replicas import LOST_STATUSES, Replicas, Turn
+from synthesis.server import Server, answer_of, normalised, usage_of
+from synthesis.structured import DoesNotFit, corrected, fitting_json, stated
 
-MAX_RESPONSE_BYTES = 4 * 2**20
-MAX_ANSWER_CHARS = 2**16
 MAX_WAIT_S = 30.0
-RETRIED_STATUSES = frozenset({408, 409, 425, 429})
-_OPENING = threading.Lock()
-_LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-_PROBE_QUESTION = "What colour is this? Answer in one word."
+TRIAL_S = 5.0
+"""A server that was dead has so long to list its models, before a call is risked on it."""
+_MUTE_WAIT_S = 1.0
 
 
 class CallParameters(NamedTuple):
@@ -46,29 +43,56 @@ CALL_PARAMETERS: Mapping[str, CallParameters] = {
 """Call parameters by prompt name."""
 
 
+class _Opened:
+    """What the clients of one run share in a process: connections, which replica is asked next, what was spent."""
+
+    def __init__(self, client: "ChatClient") -> None:
+        self.servers = [Server(url, client.api_key_env) for url in client.base_urls]
+        self.replicas = Replicas(len(self.servers), client.clock)
+        self.meter = Meter(client.limits, client.clock)
+        self.slots = threading.Semaphore(client.limits.concurrency or 1 << 20)
+        self.users = 0
+
+
+_OPENING = threading.Lock()
+_RUNS: dict[object, _Opened] = {}
+_MAX_RUNS = 16
+
+
 @dataclass
 class ChatClient:
-    """Chat with `model` at `base_url` (with or without `/v1`). Use as a context manager, or `open` and `close`.
+    """Chat with `model` at one or several `base_urls` (with or without `/v1`). Use as a context manager, or `open` and `close`.
 
     The key is read from the environment variable `api_key_env` when the client opens, on the machine that calls, and lives only
-    in the open connection: pickles and `repr` hold its name. One call takes at most `budget_s` seconds over all its attempts
-    and each attempt at most `timeout_s`, however slowly the body drips. Threads may share an open client.
+    in the open connections: pickles and `repr` hold its name. One call takes at most `budget_s` seconds over all its attempts,
+    waits for its turn apart, and each attempt at most `timeout_s`, however slowly the body drips. Threads may share an open client.
+
+    `obeys_schema`: whether the servers make answers fit `Ask.schema`; else the prompt states it. Either way an answer is checked and,
+    where it does not fit, asked for once more with the error. Clients with one `run` that is not empty share their limits in a process.
     """
 
-    base_url: str
+    base_urls: Sequence[str] | str
     model: str
     api_key_env: str = ""
     timeout_s: float = 60
     max_attempts: int = 5
     budget_s: float = 300
+    limits: Limits = UNLIMITED
+    obeys_schema: bool = True
+    run: str = ""
     sleep: Callable[[float], None] = field(default=time.sleep, repr=False, compare=False, kw_only=True)
-    _http: httpx.Client | None = field(default=None, init=False, repr=False, compare=False)
+    clock: Callable[[], float] = field(default=time.monotonic, repr=False, compare=False, kw_only=True)
+    _opened: _Opened | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        self.base_url = _normalised(self.base_url)
+        urls = [self.base_urls] if isinstance(self.base_urls, str) else self.base_urls
+        self.base_urls = tuple(normalised(url) for url in urls)
+        for url in self.base_urls:
+            if self.base_urls.count(url) > 1:
+                raise BadRequest(f"vlm-base-url: {url} stands there twice")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_http": None}
+        return {**self.__dict__, "_opened": None}
 
     def __enter__(self) -> Self:
         return self.open()
@@ -79,198 +103,202 @@ class ChatClient:
         self.close()
 
     def open(self) -> Self:
-        """Read the key and make the connection pool. Raises BadRequest if the variable is named but not set."""
+        """Read the key and make the connection pools. Raises BadRequest if the variable is named but not set."""
         with _OPENING:
-            if self._http is None:
-                self._http = self._connected()
+            if self._opened is None:
+                opened = self._of_run() if self.run else _Opened(self)
+                for server in opened.servers:
+                    server.open()
+                opened.users += 1
+                self._opened = opened
         return self
 
-    def _connected(self) -> httpx.Client:
-        # Identity: a compressed body could unpack to far more than the size cap before it is seen.
-        headers = {"accept-encoding": "identity"}
-        if self.api_key_env:
-            key = os.environ.get(self.api_key_env, "").strip()
-            if not key:
-                raise BadRequest(f"vlm-api-key-env: the environment variable {self.api_key_env} is not set")
-            if not (key.isascii() and key.isprintable()):
-                raise BadRequest(f"vlm-api-key-env: {self.api_key_env} holds characters no header can carry")
-            headers["authorization"] = f"Bearer {key}"
-        # A proxy named in the environment is for the network, never for this machine.
-        trust_env = httpx.URL(self.base_url).host not in _LOOPBACK
-        return httpx.Client(headers=headers, trust_env=trust_env, timeout=self.timeout_s)
+    def _of_run(self) -> _Opened:
+        known = self.run, self.base_urls, self.model, self.limits
+        if known not in _RUNS:
+            for old in [key for key, opened in _RUNS.items() if not opened.users][:-_MAX_RUNS]:
+                del _RUNS[old]
+            _RUNS[known] = _Opened(self)
+        return _RUNS[known]
 
     def close(self) -> None:
-        """Drop the connections and the key. The client may be opened again."""
-        if self._http is not None:
-            self._http.close()
-            self._http = None
+        """Drop the connections and the key, if no other client of the run has them open. The client may be opened again."""
+        with _OPENING:
+            opened, self._opened = self._opened, None
+            if opened is not None:
+                opened.users -= 1
+                if not opened.users:
+                    for server in opened.servers:
+                        server.close()
 
     def with_model(self, model: str) -> Self:
         """The same client, closed, for another model."""
         return replace(self, model=model)
 
-    def models(self) -> list[str]:
-        """Names the server lists under /v1/models. Raises VlmFailure."""
-        reply = self._retrying("GET", "/models", None)
-        try:
-            return [str(entry["id"]) for entry in reply["data"]]
-        except (KeyError, TypeError):
-            raise VlmFailure("vlm_bad_response", "the list of models has no data[].id") from None
+    def spent(self) -> Spent:
+        """What this process has used so far: of the run, where the client has one."""
+        return self._state().meter.spent()
+
+    def asked(self) -> list[int]:
+        """Attempts at each of `base_urls` so far."""
+        return self._state().replicas.asked()
 
     def chat(self, ask: Ask, affinity: bytes = b"") -> Reply:
-        """Ask once and return the raw text of the answer. Raises VlmFailure.
+        """Ask, and return the text of the answer: its JSON alone, where there is a schema. Raises VlmFailure.
 
-        Images go before the text, as base64: servers that cache prefixes then see one image's calls begin alike.
+        Raises RunFailed where no server has answered for too long. Images go before the text, as base64: servers that cache prefixes
+        then see one image's calls begin alike.
         """
-        content: list[dict[str, Any]] = []
-        for picture in ask.pictures:
-            url = "data:image/jpeg;base64," + base64.b64encode(picture.load()).decode()
-            content.append({"type": "image_url", "image_url": {"url": url}})
-        content.append({"type": "text", "text": ask.prompt})
+        meter = self._state().meter
+        meter.check_patience()
+        meter.admit()  # before pictures are loaded
+        messages = [
+            {"role": "user", "content": _content(ask, stated(ask) if self._states(ask) else ask.prompt)}
+        ]
+        reply = self._asked(ask, messages, affinity)
+        if not ask.schema:
+            return reply
+        try:
+            return reply._replace(text=fitting_json(reply.text, ask.schema))
+        except DoesNotFit as error:
+            said = {"role": "assistant", "content": reply.text}
+            messages += [said, {"role": "user", "content": corrected(error, ask.schema)}]
+        again = self._asked(ask, messages, affinity)
+        prompt, completion = (
+            reply.prompt_tokens + again.prompt_tokens,
+            reply.completion_tokens + again.completion_tokens,
+        )
+        try:
+            return Reply(fitting_json(again.text, ask.schema), prompt, completion)
+        except DoesNotFit as error:
+            raise VlmFailure("vlm_bad_json", f"{error}: {again.text[:200]!r}") from None
+
+    def _states(self, ask: Ask) -> bool:
+        return bool(ask.schema) and not self.obeys_schema
+
+    def _asked(self, ask: Ask, messages: list[dict[str, Any]], affinity: bytes) -> Reply:
         body: dict[str, Any] = {
             "model": self.model,
-            "messages": [{"role": "user", "content": content if ask.pictures else ask.prompt}],
+            "messages": messages,
             "max_tokens": ask.max_tokens,
             "temperature": ask.temperature,
             "seed": ask.seed,
         }
-        if ask.schema:
+        if ask.schema and self.obeys_schema:
             named = {"name": "answer", "strict": True, "schema": json.loads(ask.schema)}
             body["response_format"] = {"type": "json_schema", "json_schema": named}
-        reply = self._retrying("POST", "/chat/completions", body)
-        return Reply(_answer_of(reply), *_usage_of(reply))
+        sent, meter = orjson.dumps(body), self._state().meter
+        call = _Call(self.clock() + self.budget_s)
+        try:
+            reply: Reply = self._attempts(call)(self._attempt, ask, sent, affinity, call)
+        except VlmFailure as failure:
+            meter.call_failed(failure)
+            raise
+        meter.call_succeeded()
+        return reply
 
-    def _retrying(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        end = time.monotonic() + self.budget_s
-        attempts = tenacity.Retrying(
+    def _attempts(self, call: "_Call") -> tenacity.Retrying:
+        def is_over(state: tenacity.RetryCallState) -> bool:
+            return (
+                state.attempt_number >= self.max_attempts or self.clock() + state.upcoming_sleep >= call.end
+            )
+
+        return tenacity.Retrying(
             retry=tenacity.retry_if_exception(
-                lambda error: isinstance(error, VlmFailure) and error.transient
+                lambda error: (
+                    isinstance(error, VlmFailure) and error.transient and error.code != "vlm_over_budget"
+                )
             ),
-            stop=tenacity.stop_any(
-                tenacity.stop_after_attempt(self.max_attempts), tenacity.stop_before_delay(self.budget_s)
-            ),
+            stop=is_over,
             wait=_Wait(),
             sleep=self.sleep,
             reraise=True,
         )
-        return attempts(self._attempt, method, path, body, end)
 
-    def _attempt(self, method: str, path: str, body: dict[str, Any] | None, end: float) -> Any:
-        now = time.monotonic()
-        limit_s = max(0.001, min(self.timeout_s, end - now))
+    def _attempt(self, ask: Ask, sent: bytes, affinity: bytes, call: "_Call") -> Reply:
+        opened = self._state()
+        turn = self._taken(affinity, call)
+        server = opened.servers[turn.replica]
         try:
-            status, headers, raw = self._exchange(method, path, body, limit_s, now + limit_s)
-        except httpx.TimeoutException:
-            raise VlmFailure("vlm_timeout", f"no answer within {limit_s:.3g} s", transient=True) from None
-        except (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ProxyError) as error:
-            raise VlmFailure("vlm_unreachable", self._redacted(error), transient=True) from None
-        except httpx.HTTPError as error:
-            raise VlmFailure("vlm_bad_response", self._redacted(error)) from None
-        if status != 200:
-            raise _failure_of(status, headers, self._redacted(raw[:500].decode(errors="replace")))
-        try:
-            return json.loads(raw)
-        except (ValueError, RecursionError):
-            raise VlmFailure("vlm_bad_response", "the body is not JSON", status) from None
-
-    def _exchange(
-        self, method: str, path: str, body: dict[str, Any] | None, limit_s: float, deadline: float
-    ) -> tuple[int, httpx.Headers, bytes]:
-        http = self.open()._http
-        assert http is not None
-        with http.stream(method, self.base_url + path, json=body, timeout=limit_s) as response:
-            if response.headers.get("content-encoding", "identity") != "identity":
-                raise VlmFailure("vlm_bad_response", "the body is compressed although identity was asked for")
-            raw = bytearray()
-            for piece in response.iter_raw():
-                raw += piece
-                if len(raw) > MAX_RESPONSE_BYTES:
-                    raise VlmFailure(
-                        "vlm_bad_response", f"the body is larger than {MAX_RESPONSE_BYTES} bytes"
-                    )
-                # httpx limits each read, not their sum.
-                if time.monotonic() > deadline:
-                    raise httpx.ReadTimeout("the body came too slowly")
-            return response.status_code, response.headers, bytes(raw)
-
-    def _redacted(self, text: object) -> str:
-        """Servers and proxies may quote the request: its key must not reach a log through an error message."""
-        key = os.environ.get(self.api_key_env, "").strip() if self.api_key_env else ""
-        return str(text).replace(key, "[key]") if key else str(text)
-
-
-class ProbeResult(NamedTuple):
-    """What a server said of itself before any work starts: the model that answers, and whether it takes images."""
-
-    model: str
-    sees_images: bool
-
-
-def probe(client: ChatClient, allow_text_only: bool) -> ProbeResult:
-    """Ask the server for its models, then one short question about a plain picture.
-
-    An empty `client.model` means the only model served. Costs one list request and one to four tiny calls. A server that takes
-    an image and ignores it cannot be told from one that sees it. Raises BadRequest for a server that does not answer, a model
-    it does not serve, and, unless `allow_text_only`, a model that refuses images.
-    """
-    with replace(client, max_attempts=min(2, client.max_attempts)) as asking:
-        try:
-            model = _served_model(client, asking.models())
+            with self._in_turn(call):
+                said = server.complete(sent, max(0.001, min(self.timeout_s, call.end - self.clock())))
+            usage = usage_of(said)
+            opened.meter.charge(ask, *usage)
+            reply = Reply(answer_of(said), *usage)
         except VlmFailure as failure:
-            raise _does_not_answer(client, failure) from None
-    with replace(client, model=model, max_attempts=min(2, client.max_attempts)) as asking:
-        refusal = _refusal(asking, [Picture("plain", _plain_jpeg)])
-        if refusal is None:
-            return ProbeResult(model, sees_images=True)
-        # Servers refuse images with 4xx or 500 (llama.cpp). If the same words alone are answered, it was the image.
-        words = _refusal(asking, [])
-    if words is not None or not (refusal.code == "vlm_refused" or refusal.status in (500, 501)):
-        raise _does_not_answer(client, words or refusal)
-    if not allow_text_only:
-        raise BadRequest(
-            f"vlm-model: '{model}' at {client.base_url} refuses images ({refusal.message[:200]}); serve a model that sees, "
-            "or give --allow-text-only to write about tags and captions"
-        )
-    return ProbeResult(model, sees_images=False)
+            opened.replicas.failed(turn.replica, failure)
+            if failure.status in LOST_STATUSES and len(opened.servers) > 1:
+                raise VlmFailure(failure.code, failure.message, failure.status, transient=True) from None
+            raise
+        except BaseException:
+            opened.replicas.answered(turn.replica)
+            raise
+        opened.replicas.answered(turn.replica)
+        return reply
+
+    @contextlib.contextmanager
+    def _in_turn(self, call: "_Call") -> Iterator[None]:
+        """Within the limits on requests at a time and a second; what that takes is not the call's time."""
+        opened, began = self._state(), self.clock()
+        wait_s = opened.meter.turn_in_s()
+        if wait_s:
+            self.sleep(wait_s)
+        with opened.slots:
+            call.end += self.clock() - began
+            opened.meter.admit()
+            yield
+
+    def _taken(self, affinity: bytes, call: "_Call") -> Turn:
+        """A replica to ask now, after the pause that one asked for. Raises VlmFailure where there is none in time."""
+        opened = self._state()
+        while True:
+            turn = opened.replicas.take(affinity)
+            if turn.replica >= 0:
+                if not turn.trial or self._lives(turn.replica):
+                    return turn
+            elif turn.all_dead:
+                raise VlmFailure("vlm_unreachable", "all servers failed lately", 0, True, turn.wait_s)
+            elif self.clock() + turn.wait_s >= call.end:
+                # Who cannot ask must not race through its images.
+                self.sleep(_MUTE_WAIT_S)
+                what = f"the server asked to be left alone for {turn.wait_s:.0f} s"
+                raise VlmFailure("vlm_rate_limited", what, 0, True, turn.wait_s)
+            else:
+                self.sleep(turn.wait_s)
+
+    def _lives(self, replica: int) -> bool:
+        """Whether one that was dead lists its models again: no attempt of a call is spent on finding out."""
+        opened = self._state()
+        try:
+            opened.servers[replica].models(TRIAL_S)
+        except VlmFailure as failure:
+            opened.replicas.failed(replica, failure)
+            return False
+        return True
+
+    def _state(self) -> _Opened:
+        opened = self._opened or self.open()._opened
+        assert opened is not None
+        return opened
 
 
-def _served_model(client: ChatClient, served: list[str]) -> str:
-    if not client.model and len(served) == 1:
-        return served[0]
-    if client.model in served and client.model:
-        return client.model
-    names = ", ".join(served[:10]) or "none"
-    if not client.model:
-        raise BadRequest(f"vlm-model: {client.base_url} serves {len(served)} models, name one of: {names}")
-    close = difflib.get_close_matches(client.model, served, n=1)
-    hint = f"did you mean '{close[0]}'?" if close else f"it serves: {names}"
-    raise BadRequest(f"vlm-model: {client.base_url} does not serve '{client.model}'; {hint}")
+@dataclass
+class _Call:
+    """When a call's own time is over, by the client's clock."""
+
+    end: float
 
 
-def _refusal(client: ChatClient, pictures: Sequence[Picture]) -> VlmFailure | None:
-    try:
-        client.chat(Ask(_PROBE_QUESTION, pictures, max_tokens=8))
-    except VlmFailure as failure:
-        return None if failure.code == "vlm_empty" else failure
-    return None
-
-
-def _plain_jpeg() -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (32, 32), (200, 30, 30)).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def _does_not_answer(client: ChatClient, failure: VlmFailure) -> BadRequest:
-    if failure.status in (401, 403):
-        check = "check the key that --vlm-api-key-env names"
-    elif failure.code in ("vlm_unreachable", "vlm_timeout"):
-        check = "check that the server runs, and its host, port and firewall"
-    else:
-        check = "check that the url is that of an OpenAI-compatible server"
-    return BadRequest(
-        f"vlm-base-url: {client.base_url} does not answer ({failure.code}: {failure.message}); {check}"
-    )
+def _content(ask: Ask, text: str) -> Any:
+    """Pictures in order, then the text, as a chat message holds them."""
+    text = text.encode(errors="replace").decode()
+    if not ask.pictures:
+        return text
+    content: list[dict[str, Any]] = []
+    for picture in ask.pictures:
+        url = "data:image/jpeg;base64," + base64.b64encode(picture.load()).decode()
+        content.append({"type": "image_url", "image_url": {"url": url}})
+    return [*content, {"type": "text", "text": text}]
 
 
 class _Wait(tenacity.wait.wait_base):
@@ -282,61 +310,3 @@ class _Wait(tenacity.wait.wait_base):
         error = retry_state.outcome.exception() if retry_state.outcome else None
         asked_s = error.retry_after_s if isinstance(error, VlmFailure) else 0.0
         return asked_s + self._jitter(retry_state)
-
-
-def _normalised(base_url: str) -> str:
-    try:
-        url = httpx.URL(base_url.strip())
-    except httpx.InvalidURL as error:
-        raise BadRequest(f"vlm-base-url: {error}") from None
-    if url.userinfo:
-        raise BadRequest(
-            "vlm-base-url: holds a user name or password; name a variable with --vlm-api-key-env"
-        )
-    if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
-        raise BadRequest(f"vlm-base-url: '{base_url}' is not of the form http(s)://host[:port][/v1]")
-    return str(url).rstrip("/").removesuffix("/v1").rstrip("/") + "/v1"
-
-
-def _failure_of(status: int, headers: httpx.Headers, body: str) -> VlmFailure:
-    message = f"HTTP {status}: {' '.join(body.split())}"
-    transient = status in RETRIED_STATUSES or status >= 500
-    if status == 429:
-        code = "vlm_rate_limited"
-    elif status == 408:
-        code = "vlm_timeout"
-    elif transient:
-        code = "vlm_server_error"
-    else:
-        code = "vlm_refused" if status >= 400 else "vlm_bad_response"
-    return VlmFailure(
-        code, message, status, transient, retry_after_s(headers.get("retry-after", "")) if transient else 0.0
-    )
-
-
-def _usage_of(reply: Any) -> tuple[int, int]:
-    """Tokens of the prompt and of the answer, 0 where the server does not count them."""
-    usage = reply.get("usage")
-    counts = [
-        usage.get(name) if isinstance(usage, dict) else 0 for name in ("prompt_tokens", "completion_tokens")
-    ]
-    prompt, completion = (count if isinstance(count, int) and count >= 0 else 0 for count in counts)
-    return prompt, completion
-
-
-def _answer_of(reply: Any) -> str:
-    choices = reply.get("choices") if isinstance(reply, dict) else None
-    if not isinstance(choices, list):
-        raise VlmFailure("vlm_bad_response", "the reply has no list of choices")
-    if not choices:
-        raise VlmFailure("vlm_empty", "the reply has no choice")
-    message = choices[0].get("message") if isinstance(choices[0], dict) else None
-    if not isinstance(message, dict) or not isinstance(message.get("content"), str | None):
-        raise VlmFailure("vlm_bad_response", "choices[0].message.content is not text")
-    text: str = message.get("content") or ""
-    if not text.strip():
-        raise VlmFailure("vlm_empty", "the answer is empty")
-    if len(text) > MAX_ANSWER_CHARS:
-        raise VlmFailure("vlm_bad_response", f"the answer is longer than {MAX_ANSWER_CHARS} characters")
-    # JSON can spell half a surrogate pair, which no file can hold.
-    return text.encode(errors="replace").decode()

@@ -18,7 +18,7 @@ from shards.errors import BadData
 from shards.ids import sample_id_of
 from shards.records import DeadLetter, PlannedImage, Sample
 from synthesis.backend import Picture
-from synthesis.client import ChatClient
+from synthesis.backends import ModelBackend
 from synthesis.generate import synthesise
 from synthesis.prompts import PromptPair
 from transforms.fates import DEAD, dead_letter
@@ -32,7 +32,7 @@ class Backend(NamedTuple):
     """Who is asked, and how: at most `max_pixels` pixels of an image are sent, none where that is None; `concurrency` images at
     a time per worker."""
 
-    client: ChatClient
+    client: ModelBackend
     prompts: PromptPair
     max_pixels: int | None
     reach: Reach

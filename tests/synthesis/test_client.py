@@ -3,10 +3,9 @@ import io
 import json
 import pickle
 import socket
-import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,10 +16,11 @@ from PIL import Image
 
 from shards.errors import BadData, BadRequest
 from synthesis.backend import Ask, Picture, VlmFailure
-from synthesis.client import ChatClient, ProbeResult, probe
+from synthesis.client import ChatClient
+from synthesis.probe import ProbeResult, probe
+from tests.hostile_vlm import Reply, drips, hangs, raw, reset_mid_body, says, status
 
 KEY = "canary-7f3a9c"
-Reply = Callable[[BaseHTTPRequestHandler], None]
 
 
 @dataclass
@@ -65,57 +65,15 @@ def hostile() -> Iterator[Hostile]:
     server.server_close()
 
 
-def raw(body: bytes, code: int = 200, **headers: str) -> Reply:
-    def reply(handler: BaseHTTPRequestHandler) -> None:
-        handler.send_response(code)
-        for name, value in ({"Content_Length": str(len(body))} | headers).items():
-            handler.send_header(name.replace("_", "-"), value)
-        handler.end_headers()
-        try:
-            handler.wfile.write(body)
-        except OSError:
-            pass  # The client hung up, as it should on a body that is too large.
-
-    return reply
-
-
-def status(code: int, content: object = "no", **headers: str) -> Reply:
-    return raw(json.dumps(content).encode(), code, **headers)
-
-
-def says(text: object) -> Reply:
-    return status(200, {"choices": [{"message": {"role": "assistant", "content": text}}]})
-
-
-def reset_mid_body(handler: BaseHTTPRequestHandler) -> None:
-    raw(b'{"choices": [', Content_Length="5000")(handler)
-    handler.wfile.flush()
-    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    handler.connection.close()
-    handler.close_connection = True
-
-
-def hangs(handler: BaseHTTPRequestHandler) -> None:
-    time.sleep(0.3)
-    handler.close_connection = True
-
-
-def drips(handler: BaseHTTPRequestHandler) -> None:
-    raw(b"", Content_Length="5000")(handler)
-    for _ in range(20):
-        try:
-            handler.wfile.write(b" ")
-            handler.wfile.flush()
-        except OSError:
-            break
-        time.sleep(0.05)
-    handler.close_connection = True
-
-
 def client_of(hostile: Hostile, waits: list[float] | None = None, **options: Any) -> ChatClient:
+    waits = [] if waits is None else waits
     options = {"max_attempts": 3, "timeout_s": 5} | options
     return ChatClient(
-        hostile.base_url, "served", sleep=(waits if waits is not None else []).append, **options
+        hostile.base_url,
+        "served",
+        sleep=waits.append,
+        clock=lambda: time.monotonic() + sum(waits),
+        **options,
     )
 
 
@@ -165,16 +123,16 @@ def test_each_fault_has_its_code_and_number_of_attempts(
 
 
 def test_timeouts_are_retried(hostile: Hostile) -> None:
-    hostile.replies = [hangs, says("late")]
+    hostile.replies = [hangs(0.3), says("late")]
     assert chat(client_of(hostile, timeout_s=0.1)) == "late"
-    hostile.replies = [hangs]
+    hostile.replies = [hangs(0.3)]
     with pytest.raises(VlmFailure) as caught:
         chat(client_of(hostile, timeout_s=0.05, max_attempts=2))
     assert (caught.value.code, len(hostile.requests)) == ("vlm_timeout", 4)
 
 
 def test_a_dripping_body_ends_at_the_timeout(hostile: Hostile) -> None:
-    hostile.replies = [drips]
+    hostile.replies = [drips(1.0)]
     began = time.monotonic()
     with pytest.raises(VlmFailure) as caught:
         chat(client_of(hostile, timeout_s=0.15, max_attempts=1))
@@ -237,7 +195,7 @@ def test_half_a_surrogate_pair_cannot_reach_a_file(hostile: Hostile) -> None:
 def test_the_key_is_sent_and_found_nowhere_else(hostile: Hostile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CANARY_KEY", KEY)
     client = client_of(hostile, api_key_env="CANARY_KEY")
-    client.sleep = time.sleep
+    client.sleep, client.clock = time.sleep, time.monotonic
     hostile.replies = [says("ok"), status(400, f"bad key {KEY}")]
     client.open()
     assert client.chat(Ask("Why?")).text == "ok"
@@ -280,8 +238,8 @@ def test_base_urls() -> None:
         "http://host:8000/v1",
         " http://host:8000/v1/ ",
     ):
-        assert ChatClient(spelling, "m").base_url == "http://host:8000/v1"
-    assert ChatClient("https://host/api", "m").base_url == "https://host/api/v1"
+        assert ChatClient(spelling, "m").base_urls == ("http://host:8000/v1",)
+    assert ChatClient("https://host/api", "m").base_urls == ("https://host/api/v1",)
     for wrong in (
         "host:8000",
         "ftp://host",
@@ -297,7 +255,7 @@ def test_base_urls() -> None:
 
 def test_probe_of_a_server_that_sees(hostile: Hostile) -> None:
     hostile.replies = [says("Red.")]
-    assert probe(client_of(hostile).with_model(""), False) == ProbeResult("served", True)
+    assert probe(client_of(hostile).with_model(""), False) == ProbeResult("served", True, False, False)
     url = hostile.requests[0]["messages"][0]["content"][0]["image_url"]["url"]
     assert Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).size == (32, 32)
 
@@ -305,7 +263,7 @@ def test_probe_of_a_server_that_sees(hostile: Hostile) -> None:
 @pytest.mark.parametrize("code", [400, 422, 500])
 def test_probe_of_a_server_that_refuses_images(hostile: Hostile, code: int) -> None:
     hostile.replies, hostile.refuses_images = [says("Red.")], code
-    assert probe(client_of(hostile), True) == ProbeResult("served", False)
+    assert probe(client_of(hostile), True) == ProbeResult("served", False, False, False)
     with pytest.raises(BadRequest, match="refuses images .*--allow-text-only"):
         probe(client_of(hostile), False)
 
@@ -320,7 +278,7 @@ def test_probe_names_the_model_that_was_meant(hostile: Hostile) -> None:
 
 @pytest.mark.parametrize(
     ("reply", "check"),
-    [(status(503), "OpenAI-compatible"), (status(401), "the key"), (hangs, "that the server runs")],
+    [(status(503), "OpenAI-compatible"), (status(401), "the key"), (hangs(0.3), "that the server runs")],
 )
 def test_probe_does_not_blame_the_image_for_a_broken_server(
     hostile: Hostile, reply: Reply, check: str

@@ -16,10 +16,11 @@ import pytest
 from shards.errors import BadRequest, RunFailed
 from shards.records import MediaRef, Origin, PlannedImage, PlannedType, SourceImage, Tag
 from synthesis import local_server
-from synthesis.backend import Picture, VlmFailure
-from synthesis.client import ChatClient, ProbeResult, probe
+from synthesis.backend import Ask, Picture, VlmFailure, schema_of
+from synthesis.client import ChatClient
 from synthesis.generate import synthesise
 from synthesis.local_server import MODEL_NAME, find_weights, serve_smollm2
+from synthesis.probe import ProbeResult, probe
 from synthesis.prompts import load_prompt_pair
 
 ROOT = Path(local_server.__file__).parents[1]
@@ -78,6 +79,19 @@ def test_it_writes_about_captions_and_tags_and_repeats_itself(base_url: str) -> 
         assert len(answer.value) > 10 and len(provenance.calls) == 2
     assert "cat" in first[0][1].value and "castle" in other[0][1].value
     assert again == first
+
+
+def test_json_of_a_schema_comes_back(base_url: str) -> None:
+    schema = schema_of(
+        {"animal": {"enum": ["cat", "dog"]}, "legs": {"type": "integer", "minimum": 0, "maximum": 9}}
+    )
+    ask = Ask("A tabby sleeps on the sofa. Which animal is it?", max_tokens=48, schema=schema)
+    with ChatClient(base_url, MODEL_NAME) as client:
+        reply = client.chat(ask)
+        assert client.spent().requests == 1
+    found = json.loads(reply.text)
+    assert found["animal"] in ("cat", "dog") and 0 <= found["legs"] <= 9
+    assert reply.prompt_tokens > 10 and reply.completion_tokens > 5
 
 
 def test_an_image_it_cannot_see_is_a_failure_not_an_answer(base_url: str) -> None:
