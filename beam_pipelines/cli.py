@@ -74,7 +74,7 @@ def _flags_of(model: type[BaseModel]) -> list[inspect.Parameter]:
             continue  # in the YAML only
         shown = (
             ""
-            if field.default in (None, "", []) or field.default is False or field.is_required()
+            if field.default in (None, "", []) or isinstance(field.default, bool) or field.is_required()
             else f" [default: {_shown(field.default)}]"
         )
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
@@ -82,7 +82,7 @@ def _flags_of(model: type[BaseModel]) -> list[inspect.Parameter]:
         if field.annotation == list[str]:
             annotation = list[str] | None
         setting = typer.Option(
-            flag(name),
+            flag(name) + (f"/--no-{flag(name)[2:]}" if field.default is True else ""),
             help=f"{field.description or ''}{shown}",
             metavar=None if annotation == (bool | None) else _metavar(field.annotation),
             rich_help_panel=str(extra.get("group", "Options")),
