@@ -7,7 +7,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -27,23 +27,6 @@ RETRIED_STATUSES = frozenset({408, 409, 425, 429})
 _OPENING = threading.Lock()
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 _PROBE_QUESTION = "What colour is this? Answer in one word."
-
-
-class CallParameters(NamedTuple):
-    """What a call asks for besides its prompt. All of it affects the answer, so all of it belongs in a call's key."""
-
-    max_tokens: int
-    temperature: float
-    seed: int
-
-
-CALL_PARAMETERS: Mapping[str, CallParameters] = {
-    "question": CallParameters(96, 0.0, 0),
-    "answer": CallParameters(512, 0.0, 0),
-    "question_text_only": CallParameters(48, 0.0, 0),
-    "answer_text_only": CallParameters(96, 0.0, 0),
-}
-"""Call parameters by prompt name."""
 
 
 @dataclass

@@ -157,7 +157,24 @@ def _read(file: PromptFile) -> Prompt:
     for name in prompt.inputs:
         if name not in given:
             raise BadRequest(f"prompt {file.path}: it is not given '{name}'{_meant(name, sorted(given))}")
+    try_prompt(prompt, {name: given[name] for name in prompt.inputs})
     return prompt
+
+
+def try_prompt(prompt: Prompt, inputs: Mapping[str, Any]) -> str:
+    """A prompt with these inputs. Raises BadRequest where its template cannot be rendered with them."""
+    try:
+        return prompt.render(**inputs)
+    except (
+        jinja2.TemplateError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise BadRequest(f"prompt {prompt.name}/{prompt.version}: cannot be rendered, {what}") from error
 
 
 def parse_prompt(name: str, version: str, content: bytes) -> Prompt:

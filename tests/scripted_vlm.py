@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -106,13 +106,19 @@ def says(kind: str, text: str, seen: str) -> str:
 
 
 class ScriptedServer:
-    """What a server was asked, and how it fails: `faulty` is the share of calls, drawn by the number of the call."""
+    """What a server was asked and answered, and how it fails: `faulty` is the share of calls, `faults` says in which ways."""
 
     def __init__(
-        self, model: ScriptedModel, faulty: float = 0.0, delay_s: float = 0.0, key: str = ""
+        self,
+        model: ScriptedModel,
+        faulty: float = 0.0,
+        delay_s: float = 0.0,
+        key: str = "",
+        faults: Sequence[int] = range(6),
     ) -> None:
-        self.model, self.faulty, self.delay_s, self.key = model, faulty, delay_s, key
+        self.model, self.faulty, self.delay_s, self.key, self.faults = model, faulty, delay_s, key, faults
         self.calls: Counter[str] = Counter()
+        self.answered: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
         self._chance = random.Random(7)
         self._lock = threading.Lock()
@@ -131,13 +137,16 @@ class ScriptedServer:
             return False
         with self._lock:
             shown = json.dumps(body, sort_keys=True)
-            self.calls[hashlib.sha256(shown.encode()).hexdigest()] += 1
+            key = hashlib.sha256(shown.encode()).hexdigest()
+            self.calls[key] += 1
             self.bodies.append(body)
-            return self._chance.random() < self.faulty
+            fails = self._chance.random() < self.faulty
+            self.answered[key] += not fails
+            return fails
 
     def fault(self) -> tuple[int, bytes, dict[str, str]]:
         with self._lock:
-            number = self._chance.randrange(6)
+            number = self._chance.choice(self.faults)
         whole = {"choices": [{"message": {"role": "assistant", "content": '{"score": 77}'}}]}
         return [
             (503, b"busy", {}),
