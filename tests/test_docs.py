@@ -35,6 +35,12 @@ def test_flags_that_the_docs_name_exist(page: Path) -> None:
     from training.options import TrainOptions
 
     known = {flag(name) for model in (CurateOptions, TrainOptions) for name in model.model_fields}
+    known |= {
+        f"--no-{flag(name)[2:]}"
+        for name, field in CurateOptions.model_fields.items()
+        if field.default is True
+    }
+    known |= {"--set", "--type", "--image"}
     known |= {"--config", "--help", "--format", "--no-train", "--train", "--deep", "--keep", "--name"}
     known |= {"--clusters", "--samples", "--only", "--apply", "--phash"}
     # Of pip, Beam and the benchmarks.
