@@ -30,6 +30,7 @@ REQUIRES = [
     "pillow>=12",  # Beam's pin stops below 13, which `make setup` puts over it; see README
     "protobuf>=5,<7",
     "psutil>=5.9",
+    "py3langid>=0.4,<0.5",
     "pyarrow>=17,<26",
     "pydantic>=2.9,<3",
     "pyyaml>=6",

@@ -74,7 +74,7 @@ def _flags_of(model: type[BaseModel]) -> list[inspect.Parameter]:
             continue  # in the YAML only
         shown = (
             ""
-            if field.default in (None, "", []) or field.default is False or field.is_required()
+            if field.default in (None, "", []) or isinstance(field.default, bool) or field.is_required()
             else f" [default: {_shown(field.default)}]"
         )
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
@@ -82,7 +82,7 @@ def _flags_of(model: type[BaseModel]) -> list[inspect.Parameter]:
         if field.annotation == list[str]:
             annotation = list[str] | None
         setting = typer.Option(
-            flag(name),
+            flag(name) + (f"/--no-{flag(name)[2:]}" if field.default is True else ""),
             help=f"{field.description or ''}{shown}",
             metavar=None if annotation == (bool | None) else _metavar(field.annotation),
             rich_help_panel=str(extra.get("group", "Options")),
@@ -519,6 +519,73 @@ def compact(path: Annotated[str, typer.Argument(metavar="OUT", help="A run's fol
         f" {done.segments} ledger segments merged"
     )
     _say(f"next: shardmill gc {path}  # removes the old packs")
+
+
+_prompts = typer.Typer(
+    help="The prompts that synthesis sends: list, show or render them.", rich_markup_mode=None
+)
+app.add_typer(_prompts, name="prompts", rich_help_panel="Upkeep")
+_FOLDER: Any = typer.Option("--prompts", help="Folder of your own prompts, NAME/VERSION.j2.", metavar="DIR")
+
+
+def _own(folder: str) -> Path | None:
+    return Path(folder).expanduser() if folder else None
+
+
+@_prompts.command("list")
+def prompts_list(folder: Annotated[str, _FOLDER] = "") -> None:
+    """Name, version, hash and purpose of every prompt.
+
+    shardmill prompts list
+    """
+    from synthesis.prompts import load_prompt, prompt_files
+
+    for file in prompt_files(_own(folder)):
+        prompt = load_prompt(file.name, file.version, _own(folder))
+        _say(f"{prompt.prompt_id}  {prompt.purpose}")
+
+
+@_prompts.command("show")
+def prompts_show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As question, or question/v1.")],
+    folder: Annotated[str, _FOLDER] = "",
+) -> None:
+    """Print a prompt's file: what it is given, how long the answer may be, and its template.
+
+    shardmill prompts show judge
+    """
+    from synthesis.prompts import load_prompt, prompt_files
+
+    wanted, _, version = name.partition("/")
+    prompt = load_prompt(wanted, version or "v1", _own(folder))
+    (file,) = (f for f in prompt_files(_own(folder)) if (f.name, f.version) == (prompt.name, prompt.version))
+    print(file.path.read_text(encoding="utf-8"), end="")
+
+
+@_prompts.command("render")
+def prompts_render(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As question, or question/v1.")],
+    folder: Annotated[str, _FOLDER] = "",
+    instruction_type: Annotated[
+        str, typer.Option("--type", help="Instruction type, as in the taxonomy.")
+    ] = "",
+    image: Annotated[str, typer.Option(help="Image that would be sent with it.", metavar="FILE")] = "",
+    value: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="INPUT=VALUE in the place of the sample value; JSON or text. Repeatable.",
+            metavar="INPUT=VALUE",
+        ),
+    ] = None,
+) -> None:
+    """Print what would be sent, with sample values where none are given.
+
+    shardmill prompts render question --type "Coarse Perception/Image Scene/Identify indoor scene" --set caption="a kitchen"
+    """
+    from beam_pipelines.prompts import render_text
+
+    _say(render_text(name, _own(folder), instruction_type, image, value or ()))
 
 
 @app.command()

@@ -84,7 +84,7 @@ CODES: Mapping[str, str] = {
     "no_sample": "No sample that survived names it.",
     "image_duplicate": "One of its images is a duplicate, and the kept image has other pixels, is in a snapshot of --against, or --on-duplicate is drop.",
     "same_sample": "Another sample has the same images and the same conversation.",
-    "near_question": "It was moved to the keeper of its image, about which another sample asks the same in other words.",
+    "near_question": "It was moved to the keeper of its image, or written about it, and something else about that image asks the same in other words.",
     **{f"image_{code}": f"One of its images is dead. {meaning}" for code, meaning in _DEAD_IMAGES.items()},
     **{
         f"image_{code}": f"One of its images is filtered. {meaning}"
@@ -99,9 +99,15 @@ CODES: Mapping[str, str] = {
     "vlm_empty": "The model answered with nothing.",
     "vlm_bad_json": "The answer is not JSON of the form that was asked for, nor was the one after it, for which the model was told what is wrong.",
     "vlm_over_budget": "It was not asked: the run had used up its tokens, its money or its time. A run with more goes on here.",
+    "vlm_unanswered": "The ledger holds another answer to an earlier call than the one that its chain went on from; a later run goes on from that.",
     "vlm_no_evidence": "The model sees no images, and there was neither a tag nor a caption to tell it.",
     "vlm_bad_question": "What the model wrote is not one question of its own words.",
     "vlm_bad_answer": "What the model wrote says nothing, too much, or only the question again.",
+    "not_relevant": "The model says that the question cannot be answered from the image.",
+    "forms_disagree": "The answers to the question do not say the same in all forms.",
+    "low_judge": "As a judge the model gave fewer points than --judge-min, to every form of the answer, or to the conversation.",
+    "answer_disputed": "To a question of the conversation the model gives another answer, and says that the two do not say the same.",
+    "suspect_injection": "It looks as if the model obeyed text in its input, and --drop-suspect is given.",
 }
 """One plain sentence per code."""
 
@@ -130,6 +136,7 @@ _COMPARISONS: Mapping[str, str] = {
     "extreme_aspect": "aspect {0:.3f} > {1:g}",
     "near_blank": "flat {0:.6g} > {1:g}",
     "low_entropy": "entropy {0:.3f} bits < {1:g}",
+    "low_judge": "judged {0:.0f} of 10 < {1:.0f}",
     "blurred": "sharpness {0:.3f} < {1:g}",
 }
 

@@ -25,8 +25,10 @@ from transforms.commit import Commit
 from transforms.decontaminate import Decontaminate, Decontaminated
 from transforms.deduplicate import CollapseSameBytes, FindNearDuplicates
 from transforms.embed import DistinctReferences, EmbedImages, Reading
+from transforms.fates import Outcome
 from transforms.filter import FilterImages
 from transforms.geometric import FindGeometricCopies
+from transforms.judge import JudgeExisting
 from transforms.limit import LimitErrors
 from transforms.plan import PlanInstructions
 from transforms.read import ReadSamples
@@ -34,7 +36,7 @@ from transforms.recall import Known, RecallImages
 from transforms.resolve import JudgeImages, NameImages, ResolveSamples, fate_of_unused
 from transforms.settle import SettleImages, SettleSamples
 from transforms.stored import KeepPacks, ReadStored
-from transforms.synthesise import Synthesise
+from transforms.synthesise import Synthesise, Synthesised
 from transforms.tag import LookAtImages, TagImages
 from transforms.write import CountShards, WriteMedia, WriteRows
 
@@ -94,9 +96,11 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
     unused = (looked_at.decisions, filtered, contaminated) | "Unused" >> beam.Flatten()
     unused_fates = unused | "UnusedImages" >> beam.Map(fate_of_unused)
     all_fates = (fates, unused_fates) | "AllFates" >> beam.Flatten()
-    collected, unresolved = {"samples": read.main, "fates": all_fates} | "ResolveSamples" >> ResolveSamples(
+    resolved, unresolved = {"samples": read.main, "fates": all_fates} | "ResolveSamples" >> ResolveSamples(
         options.on_duplicate, options.on_missing_image
     )
+    judged = _judge_existing(resolved, kept, job)
+    collected = judged.main
     stored = references.pipeline | "ReadStored" >> ReadStored(job.to.out, job.stored)
     named, new = {"kept": kept, "samples": collected, "stored": stored} | "NameImages" >> NameImages()
 
@@ -106,11 +110,11 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
         job.to, job.reach, max_shard_bytes
     )
     void_ids = void | "VoidIds" >> beam.Map(lambda letter: letter.id)
-    made, failed_calls = _synthesise(named, job)
+    planned, made = _synthesise(named, job)
     written = {
-        "through": made,
-        "failures": failed_calls | "CodesOfCalls" >> code_of,
-        "inputs": (made, failed_calls) | "Calls" >> beam.Flatten(),
+        "through": made.samples,
+        "failures": made.dead | "CodesOfCalls" >> code_of,
+        "inputs": planned,
     } | "LimitFailedCalls" >> limit
     samples = (collected, written) | "AllSamples" >> beam.Flatten()
     settled = {"samples": samples, "void": void_ids} | "SettleSamples" >> SettleSamples(
@@ -133,6 +137,8 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
         same_bytes,
         near,
         unresolved,
+        judged.decisions,
+        made.decisions,
         settled.decisions,
         last_words,
     ) | "AllDecisions" >> beam.Flatten()
@@ -140,7 +146,8 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
         read.dead,
         looked_at.dead,
         void,
-        failed_calls,
+        judged.dead,
+        made.dead,
         settled.dead,
     ) | "AllDead" >> beam.Flatten()
     num_shards = named | "CountShards" >> CountShards(max_shard_bytes)
@@ -156,12 +163,14 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
         "dead": dead,
         "images": references,
         "samples": sample_inputs,
+        "conversations": planned,
         "live": live,
         "synthesised": settled.main
         | "Synthesised" >> beam.Filter(lambda s: s.provenance.generator != "source"),
         "encoders": embedded | "Encoders" >> beam.Map(lambda image: f"{image.encoder} {image.numerics}"),
         "benchmarks": benchmarks,
         "searched": searched,
+        "questions": made.questions,
     } | "Commit" >> Commit(job.to, job.facts)
 
 
@@ -213,13 +222,26 @@ def _decontaminate(images: beam.PCollection, job: Job, model: Encoder) -> Decont
     } | "Decontaminate" >> Decontaminate(names, rule)
 
 
-def _synthesise(named: beam.PCollection, job: Job) -> tuple[beam.PCollection, beam.PCollection]:
-    """Synthesised samples and the dead letters of failed calls; none of either without an endpoint."""
-    if job.synthesis is None:
+def _judge_existing(resolved: beam.PCollection, kept: beam.PCollection, job: Job) -> Outcome:
+    """All samples where nobody is to judge them."""
+    if job.synthesis is None or not job.options.judge_existing:
+        nothing = resolved.pipeline | "NobodyJudges" >> beam.Create([])
+        return Outcome(resolved, nothing, nothing)
+    judging = JudgeExisting(job.synthesis.backend, job.synthesis.method, job.progress)
+    return {"samples": resolved, "kept": kept} | "JudgeExisting" >> judging
+
+
+def _synthesise(named: beam.PCollection, job: Job) -> tuple[beam.PCollection, Synthesised]:
+    """The planned conversations and what became of them; none without an endpoint."""
+    synthesis = job.synthesis
+    if synthesis is None:
         nothing = named.pipeline | "NoSynthesis" >> beam.Create([])
-        return nothing, nothing
-    planned = named | "PlanInstructions" >> PlanInstructions(job.synthesis.planner, job.options.max_samples)
-    return planned | "Synthesise" >> Synthesise(job.synthesis.backend, job.progress)
+        return nothing, Synthesised(nothing, nothing, nothing, nothing)
+    planned = named | "PlanInstructions" >> PlanInstructions(synthesis.planner, job.options.max_samples)
+    made = planned | "Synthesise" >> Synthesise(
+        synthesis.backend, synthesis.method, synthesis.examples, job.progress
+    )
+    return planned, made
 
 
 def curate(
@@ -257,6 +279,9 @@ def curate(
     known, new = counters.get("decode/recalled", 0), counters.get("decode/decoded", 0)
     if known:
         console.print(f"{known} images known from the ledger, {new} embedded now", highlight=False)
+    answered, called = counters.get("calls/known", 0), counters.get("calls/made", 0)
+    if answered or called:
+        console.print(f"{answered} answers known from the ledger, {called} calls made now", highlight=False)
     snapshot = open_snapshot(job.to.out)
     for line in json.loads(storage.read("metrics.json"))["searched"]:
         console.print(f"near duplicates: {line}", highlight=False, soft_wrap=True)

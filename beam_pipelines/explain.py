@@ -19,7 +19,7 @@ from shards.tables import SCHEMAS
 MAX_ROWS, MAX_IMAGES, MAX_CANDIDATES = 40, 4, 3
 MIN_ID_DIGITS = 6
 MAX_NAMES_COMPARED = 20_000
-_SAMPLE_COLUMNS = ("sample_id", "image_ids", "name", "offset", "generator", "model", "instruction_type")
+_SAMPLE_COLUMNS = ("sample_id", "image_ids", "name", "offset", "generator", "model", "questions")
 
 Row = dict[str, Any]
 
@@ -47,7 +47,9 @@ def explain_text(snapshot: Snapshot, what: str) -> str:
     beside = _samples_beside(snapshot, images, samples.rows)
     candidates = _candidates(snapshot, images)
     failed = _find(snapshot, "dead", ("id", "stage", "code"), lambda t: _failed_calls(t, ids))
-    rows = [*images, *(row for row in decided.rows if row["unit"] == "sample"), *beside.rows]
+    # A kept conversation is one of the samples, and a dead one among those that failed.
+    untold = [row for row in decided.rows if (row["unit"], row["fate"]) == ("conversation", "filtered")]
+    rows = [*images, *(row for row in decided.rows if row["unit"] == "sample"), *beside.rows, *untold]
     titles = _titles_of(snapshot, {row["other_id"] for row in rows if row["other_id"]})
     lines = [_decision_line(row, titles, snapshot.manifest.options) for row in rows]
     lines += [_sample_line(row) for row in samples.rows]
@@ -108,7 +110,8 @@ def _first_references(snapshot: Snapshot, images: Sequence[Row]) -> list[Row]:
         return []
 
     def first(table: pa.Table) -> pa.Array:
-        return pc.and_(_is_in(table["id"], open_ids), pc.not_equal(table["code"], "same_bytes"))
+        others = pc.and_(pc.equal(table["unit"], "image"), pc.not_equal(table["code"], "same_bytes"))
+        return pc.and_(_is_in(table["id"], open_ids), others)
 
     return _find_decisions(snapshot, first).rows
 
@@ -242,8 +245,9 @@ def _sample_line(row: Row) -> str:
         return f"{subject} named by sample {row['sample_id'][:12]} ({sample_title(row)})."
     subject = f"image {images} has" if one else f"images {images} have"
     sight = "without seeing it" if row["generator"] == "text-only" else "seeing it"
+    kept = (one["instruction_type"] for one in row["questions"] if one["code"] == "kept")
     return (
-        f"{subject} synthesised sample {row['sample_id'][:12]}: {one_line(row['instruction_type'])}, "
+        f"{subject} synthesised sample {row['sample_id'][:12]}: {', '.join(map(one_line, kept))}, "
         f"written by {one_line(row['model'])} {sight} ({row['generator']})."
     )
 

@@ -8,7 +8,7 @@ from beam_pipelines.wording import plural
 from shards.records import FATES
 from shards.snapshot import Funnel, Manifest
 
-UNITS = {"image": "images", "sample": "samples"}
+UNITS = {"image": "images", "sample": "samples", "conversation": "conversations"}
 MAX_WIDTH, MAX_CODES_IN_LINE = 80, 4
 
 
@@ -36,13 +36,14 @@ def fate_rows(manifest: Manifest) -> list[FateRow]:
 def funnel_text(manifest: Manifest) -> str:
     """The lines after a run: both funnels in columns, the codes behind what was not kept, what was synthesised."""
     table: list[tuple[str, ...]] = [("", *Funnel._fields)]
-    table += [(title, *(f"{number:,}" for number in manifest.funnels[unit])) for unit, title in UNITS.items()]
+    units = {unit: title for unit, title in UNITS.items() if unit != "conversation" or _any_planned(manifest)}
+    table += [(title, *(f"{number:,}" for number in manifest.funnels[unit])) for unit, title in units.items()]
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
     lines = []
     for title, *cells in table:
         padded = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
         lines.append("  ".join([title.ljust(widths[0]), *padded]))
-    for unit, title in UNITS.items():
+    for unit, title in units.items():
         counts: Counter[str] = Counter()
         for row in fate_rows(manifest):
             if row.unit == unit and row.fate != "kept":
@@ -55,6 +56,10 @@ def funnel_text(manifest: Manifest) -> str:
         )
     lines.append(f"synthesised: {plural(manifest.synthesised, 'sample') if manifest.synthesised else 'none'}")
     return "\n".join(lines)
+
+
+def _any_planned(manifest: Manifest) -> bool:
+    return "conversation" in manifest.funnels and manifest.funnels["conversation"].input > 0
 
 
 def _lost_lines(title: str, counts: Counter[str]) -> list[str]:

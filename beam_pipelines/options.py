@@ -480,6 +480,12 @@ class CurateOptions(BaseModel):
         group="Synthesis",
         ge=0,
     )
+    vlm_revision: str = option(
+        "",
+        "Your name for the weights behind --vlm-model: with another name no earlier answer is taken for this model's.",
+        affects_bytes=True,
+        group="Synthesis",
+    )
     allow_text_only: bool = option(
         False,
         "Accept an endpoint that takes no images: it is given tags and captions.",
@@ -492,6 +498,69 @@ class CurateOptions(BaseModel):
         affects_bytes=True,
         group="Synthesis",
         ge=1,
+    )
+
+    answer_forms: str = option(
+        "word,brief,detailed",
+        "Forms of answers to ask for and to draw from: a word or phrase, a brief or a detailed explanation and then the answer.",
+        affects_bytes=True,
+        group="Synthesis",
+    )
+    relevance: bool = option(
+        True,
+        "Ask the model whether a question can be answered from the image; drop it if not.",
+        affects_bytes=True,
+        group="Synthesis",
+    )
+    agreement: bool = option(
+        True,
+        "Drop a question whose answers do not say the same in all forms.",
+        affects_bytes=True,
+        group="Synthesis",
+    )
+    judge_min: int = option(
+        8,
+        "Drop answers that the model, as a judge, gives fewer of 10 points. 0: nobody judges.",
+        affects_bytes=True,
+        group="Synthesis",
+        ge=0,
+        le=10,
+    )
+    judge_existing: bool = option(
+        False,
+        "Collected conversations pass the judge too, and short answers in them must agree with the model's own.",
+        affects_bytes=True,
+        group="Synthesis",
+    )
+    drop_suspect: bool = option(
+        False,
+        "Drop answers that look as if the model obeyed text in its input; else they are only marked.",
+        affects_bytes=True,
+        group="Synthesis",
+    )
+    fuse_calls: Literal["none", "answers", "all"] = option(
+        "none",
+        "answers: one call for all forms, one for all grades. all: one call for question, answers and grades.",
+        affects_bytes=True,
+        group="Synthesis",
+    )
+    answer_language: str = option(
+        "auto",
+        "Language of questions and answers, as `de`. auto: that of the image's caption, English without one.",
+        affects_bytes=True,
+        group="Synthesis",
+    )
+    prompts: str = option(
+        "",
+        "Folder of your own prompts, NAME/VERSION.j2: they go before bundled ones of the same name and version.",
+        affects_bytes=False,
+        group="Synthesis",
+    )
+    prompt_version: list[str] = option(
+        [],
+        "NAME=VERSION: the version of a prompt to use instead of v1. Repeatable.",
+        affects_bytes=False,
+        group="Synthesis",
     )
 
     workers: int = option(
@@ -567,5 +636,5 @@ def parse_options(flags: dict[str, Any], config: str = "") -> CurateOptions:
             place = f"--config {config}: {name}[{inner[0]}] {'.'.join(inner[1:])}" if inner else name
         given = repr(first["input"])
         raise BadRequest(f"{place} {given if len(given) < 100 else ''}: {first['msg'].lower()}") from error
-    paths = {name: os.path.expanduser(getattr(options, name)) for name in ("image_root", "output")}
+    paths = {name: os.path.expanduser(getattr(options, name)) for name in ("image_root", "output", "prompts")}
     return options.model_copy(update=paths)

@@ -6,6 +6,7 @@ import os
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from apache_beam.io.filesystems import FileSystems
@@ -37,22 +38,34 @@ from images.rewrite import Rewrite
 from images.sources.source import Source
 from images.web import WebOptions
 from shards.errors import BadRequest
-from shards.ledger import AlignmentRow, CellsRow, ImageRow, Ledger, RefRow, SearchRow, TagsRow, url_epoch
+from shards.ledger import (
+    AlignmentRow,
+    CallRow,
+    CellsRow,
+    ImageRow,
+    Ledger,
+    RefRow,
+    SearchRow,
+    TagsRow,
+    url_epoch,
+)
 from shards.snapshot import Destination, StoredPack, open_by_id, open_snapshot, read_current, split_at
 from shards.spool import FOLDER, spooled_uris
 from shards.storage import Storage, rooted, storage_of
 from synthesis.backends import BackendOptions, find_backend
+from synthesis.generate import Examples, Method, no_examples, parse_forms, prompts_asked
+from synthesis.languages import check_language
 from synthesis.limits import Limits, Prices
 from synthesis.planner import LookupPlanner
-from synthesis.prompts import load_prompt_pair
+from synthesis.prompts import load_prompts
 from transforms.against import KeptPack
+from transforms.calls import Backend
 from transforms.commit import RunFacts
 from transforms.filter import FilterRule, parse_expressions
 from transforms.geometric import AlignRule
 from transforms.limit import ANY
 from transforms.recall import Memory
 from transforms.route import Search
-from transforms.synthesise import Backend
 from transforms.tag import LookRule, TagRule, load_head
 
 MAX_GONE = 0.1
@@ -60,11 +73,13 @@ MAX_GONE = 0.1
 
 
 class Synthesis(NamedTuple):
-    """How conversations are made: by whom, and of which type. `note` says by whom in words."""
+    """How conversations are made: by whom, how, of which type, and after which examples. `note` says by whom in words."""
 
     backend: Backend
+    method: Method
     planner: LookupPlanner
     note: str
+    examples: Examples = no_examples
 
 
 class Tagging(NamedTuple):
@@ -158,10 +173,29 @@ def call_limits(options: CurateOptions, pipeline_options: PipelineOptions) -> Li
     return limits._replace(concurrency=concurrency)
 
 
-def prepare_synthesis(options: CurateOptions, reach: Reach, limits: Limits, run: str) -> Synthesis | None:
+def method_of(options: CurateOptions) -> Method:
+    """How conversations are to be made. Raises BadRequest."""
+    return Method(
+        load_prompts(Path(options.prompts) if options.prompts else None, options.prompt_version),
+        parse_forms(options.answer_forms),
+        options.judge_min,
+        options.relevance,
+        options.agreement,
+        options.fuse_calls,
+        check_language(options.answer_language),
+        options.drop_suspect,
+    )
+
+
+def prepare_synthesis(
+    to: Destination, options: CurateOptions, reach: Reach, limits: Limits
+) -> Synthesis | None:
     """Probe the endpoints, if there are any. Raises BadRequest where they cannot be used as asked."""
+    method = method_of(options)
     if not options.vlm_base_url:
         return None
+    if options.judge_existing and not (options.judge_min or options.agreement):
+        raise BadRequest("--judge-existing: with --judge-min 0 and --no-agreement nothing is asked")
     found = find_backend(
         BackendOptions(
             options.vlm_base_url,
@@ -170,17 +204,23 @@ def prepare_synthesis(options: CurateOptions, reach: Reach, limits: Limits, run:
             options.vlm_timeout_s,
             options.allow_text_only,
             limits,
-            run,
+            to.token,
         )
     )
+    if options.judge_existing and not found.sees_images:
+        raise BadRequest(
+            f"--judge-existing: '{found.backend.model}' sees no images, so it cannot judge what is said of them"
+        )
     backend = Backend(
         found.backend,
-        load_prompt_pair(found.sees_images),
         options.vlm_max_pixels if found.sees_images else None,
         reach,
         limits.concurrency,
+        to,
+        [segment for storage in ledgers_of(to, options) for segment in Ledger(storage, CallRow).segments()],
+        options.vlm_revision,
     )
-    return Synthesis(backend, LookupPlanner(), found.note)
+    return Synthesis(backend, method, LookupPlanner(), found.note)
 
 
 def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
@@ -208,7 +248,7 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
     model = load_encoder(spec)
     decoders = max(1, len(os.sched_getaffinity(0)) // options.workers) if is_local(pipeline_options) else 0
     reach = reach_of(to, options, decoders)
-    synthesis = prepare_synthesis(options, reach, limits, to.token)
+    synthesis = prepare_synthesis(to, options, reach, limits)
     stored = base.stored_packs() if base else []
     memory = recall_from(to, options, model)
     search, against = search_for(to, options, model), kept_packs(options.against)
@@ -228,6 +268,9 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
         affecting["against"] = sorted({kept.snapshot_id for kept in against})
     if synthesis is not None:
         affecting["vlm_model"] = synthesis.backend.client.model
+        sees_images = synthesis.backend.max_pixels is not None
+        asked = prompts_asked(synthesis.method, sees_images, options.judge_existing)
+        affecting["prompts"] = [synthesis.method.prompts[name].prompt_id for name in asked]
     metrics = {
         "sources": [source._asdict() for source in sources],
         "benchmarks": [source._asdict() for source in benchmarks],

@@ -53,7 +53,9 @@ def _reply() -> bytes:
     message = {"role": "assistant", "content": ANSWER}
     usage = {"prompt_tokens": 900, "completion_tokens": 60, "total_tokens": 960}
     body = json.dumps({"id": "1", "choices": [{"index": 0, "message": message}], "usage": usage}).encode()
-    return b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    return (
+        b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    )
 
 
 _REPLY = _reply()

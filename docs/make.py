@@ -31,8 +31,11 @@ def options_page() -> str:
         default = field.default
         shown = default.human_readable(decimal=True) if hasattr(default, "human_readable") else default
         text = "" if shown in ("", None, []) else f"`{shown}`"
+        written = name if name == "sources" else flag(name)
+        if default is True:
+            written += f"`, `--no-{flag(name)[2:]}"
         lines.append(
-            f"| `{name if name == 'sources' else flag(name)}` | {text} | {'yes' if extra['affects_bytes'] else ''} | {field.description} |"
+            f"| `{written}` | {text} | {'yes' if extra['affects_bytes'] else ''} | {field.description} |"
         )
     return "\n".join(lines) + "\n"
 

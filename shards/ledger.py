@@ -8,8 +8,9 @@ during the run; deleting any segment costs time or money, never correctness.
 import contextlib
 import heapq
 import itertools
+import threading
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 import numpy as np
@@ -27,6 +28,8 @@ from shards.tables import open_table, parquet_bytes
 
 FLUSH_ROWS, FLUSH_S = 5_000, 5.0
 """A worker puts what it has after so many rows or seconds: the most that a kill makes it do again."""
+CALL_FLUSH_ROWS = 100
+"""The same of calls, which are paid for."""
 COMPACT_ROWS = 100_000
 """Rows of a compacted segment."""
 _ROW_GROUP_ROWS = 1_000
@@ -124,10 +127,16 @@ class AlignmentRow(NamedTuple):
 
 
 class CallRow(NamedTuple):
-    """What a model answered: a key over image and request -> the answer, as JSON."""
+    """What a model answered: `call_key` -> the raw answer, and the tokens it cost where the server counted them.
+
+    `image_id` is what it was asked about: the image, or the sample where that has none. Only answers are here, no failures.
+    """
 
     key: bytes
+    image_id: bytes
     answer: str
+    prompt_tokens: int
+    completion_tokens: int
 
 
 Row = TypeVar("Row", RefRow, ImageRow, CellsRow, SearchRow, AlignmentRow, TagsRow, CallRow)
@@ -165,6 +174,11 @@ def note_url_epoch(storage: Storage, epoch: int) -> None:
 def image_key(image_id: bytes, decoder: str, encoder: str) -> bytes:
     """Key of an image under a decoder and an encoder, both by fingerprint."""
     return digest([image_id.hex(), decoder, encoder])
+
+
+def call_key(image_id: bytes, model: str, told: Mapping[str, Any], revision: str) -> bytes:
+    """Key of a call about an image: all that it says (`synthesis.backend.Ask.told`), to which model, and what the user calls its weights."""
+    return digest([image_id.hex(), model, dict(told), revision])
 
 
 def smallest_per_key(rows: Iterable[Row]) -> dict[bytes, Row]:
@@ -211,9 +225,9 @@ class Ledger(Generic[Row]):
         crash_point("ledger.after")
         return path
 
-    def writer(self, token: str) -> "LedgerWriter[Row]":
-        """Appends for the run of this token."""
-        return LedgerWriter(self, token)
+    def writer(self, token: str, flush_rows: int = 0) -> "LedgerWriter[Row]":
+        """Appends for the run of this token; puts every `flush_rows` rows, or `FLUSH_ROWS`."""
+        return LedgerWriter(self, token, flush_rows)
 
     def rows(self) -> Iterator[Row]:
         """All rows of all segments; one key may come several times."""
@@ -257,24 +271,32 @@ class Ledger(Generic[Row]):
 
 
 class LedgerWriter(Generic[Row]):
-    """Gathers rows and puts them every `FLUSH_ROWS` rows or `FLUSH_S` seconds, looked at when a row comes, and at `flush`."""
+    """Gathers rows and puts them every so many rows or `FLUSH_S` seconds, looked at when a row comes, and at `flush`.
 
-    def __init__(self, ledger: Ledger[Row], token: str) -> None:
+    Threads may share one: while one of them puts, others go on appending.
+    """
+
+    def __init__(self, ledger: Ledger[Row], token: str, flush_rows: int = 0) -> None:
         self._ledger: Ledger[Row] = ledger
-        self._token = token
+        self._token, self._flush_rows = token, flush_rows
         self._rows: list[Row] = []
         self._since = time.monotonic()
+        self._lock = threading.Lock()
 
     def append(self, row: Row) -> None:
-        if not self._rows:
-            self._since = time.monotonic()
-        self._rows.append(row)
-        if len(self._rows) >= FLUSH_ROWS or time.monotonic() - self._since >= FLUSH_S:
+        with self._lock:
+            if not self._rows:
+                self._since = time.monotonic()
+            self._rows.append(row)
+            full = len(self._rows) >= (self._flush_rows or FLUSH_ROWS)
+            due = full or time.monotonic() - self._since >= FLUSH_S
+        if due:
             self.flush()
 
     def flush(self) -> None:
         """Put what was gathered: from here on a kill does not lose it."""
-        rows, self._rows = self._rows, []
+        with self._lock:
+            rows, self._rows = self._rows, []
         if rows:
             self._ledger.put(rows, self._token)
 

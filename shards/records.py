@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 Fate = Literal["kept", "duplicate", "filtered", "dead"]
-Unit = Literal["image", "sample"]
+Unit = Literal["image", "sample", "conversation"]
 FATES: tuple[Fate, ...] = ("kept", "duplicate", "filtered", "dead")
 
 
@@ -232,20 +232,35 @@ class Call(NamedTuple):
     answer: str
 
 
+class Question(NamedTuple):
+    """What became of one question that was planned for an image.
+
+    `argued_by` are the tags that argued for `instruction_type`; `code` is `kept`, or why the question was dropped. `form` is that of
+    the answer that was used, `score` what a judge gave it, 1 to 10: of a dropped question the best, 0 where nobody judged. `suspect`
+    says why the model may have obeyed text in its input, empty where nothing hints at it.
+    """
+
+    instruction_type: str
+    argued_by: Sequence[str]
+    code: str
+    form: str = ""
+    score: int = 0
+    suspect: str = ""
+
+
 class Provenance(NamedTuple):
     """How a sample came to be. `generator`: `source` (as read), `vlm` (saw the image), `text-only` (saw tags and caption).
 
-    `argued_by` are the tags that argued for `instruction_type`.
+    `questions` are all that were planned, in order: each kept one is a turn and its answer. `calls` are those that led to what was kept.
     """
 
     generator: str
     model: str
-    instruction_type: str
-    argued_by: Sequence[str]
+    questions: Sequence[Question]
     calls: Sequence[Call]
 
 
-FROM_SOURCE = Provenance("source", "", "", (), ())
+FROM_SOURCE = Provenance("source", "", (), ())
 
 
 class Sample(NamedTuple):
@@ -265,8 +280,9 @@ class Sample(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """The fate of one input reference (`unit` image) or one input sample, and why. Exactly one row each.
+    """The fate of one input reference (`unit` image), one input sample or one planned conversation, and why. Exactly one row each.
 
+    A conversation is planned for a kept image, so its row names the image; the sample that a kept one became is `other_id`.
     `id` is empty where the content was never read. `score`, `threshold` and `other_id` say what decided, where something did.
     """
 

@@ -15,10 +15,33 @@ from shards.content_named import ContentNamedFile
 from shards.errors import CorruptShard, MissingShard
 from shards.ids import sample_document
 from shards.packs import PackWriter
-from shards.records import Call, DeadLetter, Decision, Origin, Provenance, Sample, ShardFile, Tag, Turn
+from shards.records import (
+    Call,
+    DeadLetter,
+    Decision,
+    Origin,
+    Provenance,
+    Question,
+    Sample,
+    ShardFile,
+    Tag,
+    Turn,
+)
 from shards.storage import Storage
 
 TURNS = pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())]))
+QUESTIONS = pa.list_(
+    pa.struct(
+        [
+            ("instruction_type", pa.string()),
+            ("argued_by", pa.list_(pa.string())),
+            ("code", pa.string()),
+            ("form", pa.string()),
+            ("score", pa.int32()),
+            ("suspect", pa.string()),
+        ]
+    )
+)
 CALLS = pa.list_(pa.struct([("prompt_id", pa.string()), ("prompt", pa.string()), ("answer", pa.string())]))
 
 SAMPLE_SCHEMA = pa.schema(
@@ -38,8 +61,7 @@ SAMPLE_SCHEMA = pa.schema(
         ("extra_json", pa.string()),
         ("generator", pa.string()),
         ("model", pa.string()),
-        ("instruction_type", pa.string()),
-        ("argued_by", pa.list_(pa.string())),
+        ("questions", QUESTIONS),
         ("calls", CALLS),
     ]
 )
@@ -91,8 +113,9 @@ def _sample_row(sample: Sample) -> dict[str, Any]:
         "extra_json": sample.extra_json,
         "generator": provenance.generator,
         "model": provenance.model,
-        "instruction_type": provenance.instruction_type,
-        "argued_by": list(provenance.argued_by),
+        "questions": [
+            {**question._asdict(), "argued_by": list(question.argued_by)} for question in provenance.questions
+        ],
         "calls": [call._asdict() for call in provenance.calls],
     }
 
@@ -112,8 +135,7 @@ def _sample_of(row: dict[str, Any]) -> Sample:
         provenance=Provenance(
             row["generator"],
             row["model"],
-            row["instruction_type"],
-            row["argued_by"],
+            [Question(**question) for question in row["questions"]],
             [Call(**call) for call in row["calls"]],
         ),
     )

@@ -5,10 +5,10 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import orjson
 import tenacity
@@ -24,23 +24,6 @@ MAX_WAIT_S = 30.0
 TRIAL_S = 5.0
 """A server that was dead has so long to list its models, before a call is risked on it."""
 _MUTE_WAIT_S = 1.0
-
-
-class CallParameters(NamedTuple):
-    """What a call asks for besides its prompt. All of it affects the answer, so all of it belongs in a call's key."""
-
-    max_tokens: int
-    temperature: float
-    seed: int
-
-
-CALL_PARAMETERS: Mapping[str, CallParameters] = {
-    "question": CallParameters(96, 0.0, 0),
-    "answer": CallParameters(512, 0.0, 0),
-    "question_text_only": CallParameters(48, 0.0, 0),
-    "answer_text_only": CallParameters(96, 0.0, 0),
-}
-"""Call parameters by prompt name."""
 
 
 class _Opened:

@@ -37,7 +37,7 @@ def a_sample(
         "",
         1.0,
         "{}",
-        FROM_SOURCE._replace(argued_by=[], calls=[]),
+        FROM_SOURCE._replace(questions=[], calls=[]),
     )
     return made._replace(**fields)
 

@@ -67,7 +67,7 @@ def build_manifest(
     by_kind: dict[str, Any] = {kind: [] for kind in KINDS}
     for file in sorted(set(files), key=lambda file: file.path):
         by_kind[file.kind].append(file)
-    by_unit: dict[str, Counter[str]] = {"image": Counter(), "sample": Counter()}
+    by_unit: dict[str, Counter[str]] = {unit: Counter() for unit in inputs}
     for key, count in fates.items():
         unit, fate, _, _ = key.split("/")
         by_unit[unit][fate] += count
@@ -107,10 +107,36 @@ def build_manifest(
     return manifest
 
 
+def questions_told(counts: Mapping[str, int], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """What became of planned questions, by --fuse-calls, beside what an `earlier` run noted of other values of it.
+
+    `counts` are of `FUSE_CALLS CODE SCORE`. Each tells how many were planned, how many had each code, and the mean grade of those that
+    a judge saw, in thousandths: to see what fewer calls cost in yield and quality.
+    """
+    codes: dict[str, Counter[str]] = {}
+    grades: dict[str, Counter[int]] = {}
+    for key, count in counts.items():
+        fuse, code, score = key.split(" ")
+        codes.setdefault(fuse, Counter())[code] += count
+        grades.setdefault(fuse, Counter())[int(score)] += count
+    found = {}
+    for fuse, of_codes in codes.items():
+        judged = sum(count for grade, count in grades[fuse].items() if grade)
+        total = sum(grade * count for grade, count in grades[fuse].items())
+        found[fuse] = {
+            "planned": of_codes.total(),
+            "codes": dict(sorted(of_codes.items())),
+            "judged": judged,
+            "mean_grade_milli": 1000 * total // judged if judged else 0,
+        }
+    return {**earlier, **found}
+
+
 def _metrics_json(
     manifest: Manifest,
     messages: Iterable[tuple[str, list[DeadLetter]]],
     searched: Sequence[str],
+    questions: Mapping[str, Any],
     facts: RunFacts,
 ) -> bytes:
     failures = {
@@ -127,6 +153,7 @@ def _metrics_json(
         "decontaminated": dict(manifest.decontaminated),
         "failures": failures,
         "searched": searched,
+        "questions": questions,
         **facts.metrics,
     }
     return json.dumps(body, sort_keys=True, indent=1).encode() + b"\n"
@@ -143,20 +170,24 @@ class _Commit(beam.DoFn):
         fates: Iterable[tuple[str, int]],
         image_inputs: int,
         sample_inputs: int,
+        conversations: int,
         live: Iterable[tuple[int, int, bytes]],
         synthesised: int,
         encoders: Iterable[str],
         messages: Iterable[tuple[str, list[DeadLetter]]],
         benchmarks: Iterable[BenchmarkCounts],
         searched: Iterable[str],
+        questions: Iterable[tuple[str, int]],
     ) -> Iterable[str]:
-        inputs = {"image": image_inputs, "sample": sample_inputs}
+        inputs = {"image": image_inputs, "sample": sample_inputs, "conversation": conversations}
         unnamed = build_manifest(
             files, dict(fates), inputs, live, synthesised, list(encoders), self._facts.options, benchmarks
         )
         # Before the commit: what fails here leaves no half-told run.
         named = unnamed._replace(snapshot_id=snapshot_id_of(unnamed))
-        metrics = _metrics_json(named, messages, sorted(searched), self._facts)
+        earlier = json.loads(self._to.storage.read_if_there("metrics.json") or "{}").get("questions", {})
+        asked = questions_told(dict(questions), earlier)
+        metrics = _metrics_json(named, messages, sorted(searched), asked, self._facts)
         manifest = commit(self._to, self._facts.base, unnamed)
         self._to.storage.write("metrics.json", metrics)
         yield manifest.snapshot_id
@@ -164,9 +195,10 @@ class _Commit(beam.DoFn):
 
 @dataclass
 class Commit(beam.PTransform):
-    """{files, decisions, dead, images, samples, live, synthesised, encoders, benchmarks, searched} -> the snapshot's id.
+    """{files, decisions, dead, images, samples, conversations, live, synthesised, encoders, benchmarks, searched, questions} -> the snapshot's id.
 
-    `searched` says how duplicates were looked for. `images` and `samples` are the run's input, one element each, and are only counted; `synthesised` likewise. Everything meets in
+    `searched` says how duplicates were looked for. `images` and `samples` are the run's input, one element each, `conversations` those that were planned;
+    they are only counted, as is `synthesised`. `questions` are `FUSE_CALLS CODE SCORE` of planned questions. Everything meets in
     one DoFn as side inputs: file names and counts, never rows.
     """
 
@@ -200,11 +232,13 @@ class Commit(beam.PTransform):
                 fates=AsIter(fates),
                 image_inputs=count("images"),
                 sample_inputs=count("samples"),
+                conversations=count("conversations"),
                 live=AsIter(inputs["live"] | "LiveDigests" >> DigestIds()),
                 synthesised=count("synthesised"),
                 encoders=AsIter(encoders),
                 messages=AsIter(messages),
                 benchmarks=AsIter(inputs["benchmarks"]),
                 searched=AsIter(inputs["searched"]),
+                questions=AsIter(inputs["questions"] | "CountQuestions" >> beam.combiners.Count.PerElement()),
             ).with_output_types(str)
         )

@@ -9,7 +9,7 @@ from apache_beam.pvalue import AsSingleton, TaggedOutput
 from apache_beam.typehints.decorators import no_annotations
 
 from shards.errors import RunFailed
-from shards.records import Sample, TaggedImage
+from shards.records import Decision, Sample, TaggedImage
 from transforms.fates import DEAD, DECISIONS, Outcome, dead_letter, decision
 
 STAGE = "settle"
@@ -23,35 +23,40 @@ class _DropVoid(beam.DoFn):
 
     def process(self, sample: Sample, void: Set[bytes]) -> Iterator[Any]:
         changed = next((image_id for image_id in sorted(sample.image_ids) if image_id in void), None)
-        is_input = sample.provenance.generator == "source"
         if changed is None:
             yield sample
-            if is_input:
-                yield TaggedOutput(
-                    DECISIONS, decision("sample", "kept", sample.sample_id, STAGE, "kept", sample.origin)
-                )
+            yield TaggedOutput(DECISIONS, _row(sample, "kept", "kept"))
             return
         if self._on_missing == "fail":
             raise RunFailed(
                 f"{sample.origin.name}: an image changed while the run read it; --on-missing-image is fail"
             )
         code = "image_source_changed"
-        if is_input:
-            yield TaggedOutput(
-                DECISIONS,
-                decision("sample", "dead", sample.sample_id, STAGE, code, sample.origin, other_id=changed),
-            )
-        else:
+        yield TaggedOutput(DECISIONS, _row(sample, "dead", code, changed))
+        if not is_source(sample):
             yield TaggedOutput(
                 DEAD, dead_letter(sample.sample_id, STAGE, code, sample.origin, "its image is gone")
             )
+
+
+def is_source(sample: Sample) -> bool:
+    """Whether a sample was read: it is input, and counted as a sample; what a model wrote is counted as a conversation."""
+    return sample.provenance.generator == "source"
+
+
+def _row(sample: Sample, fate: str, code: str, changed: bytes = b"") -> Decision:
+    if is_source(sample):
+        return decision("sample", fate, sample.sample_id, STAGE, code, sample.origin, other_id=changed)
+    (image_id,) = sample.image_ids
+    other_id = changed or sample.sample_id
+    return decision("conversation", fate, image_id, STAGE, code, sample.origin, other_id=other_id)
 
 
 @dataclass
 class SettleSamples(beam.PTransform):
     """{samples, void} -> Outcome of Sample: all but those that name a void image. Nothing is shuffled.
 
-    Only source samples get decision rows; synthesised ones are no input and are counted apart.
+    A synthesised sample is no input: its row is that of the conversation that was planned for its image.
     """
 
     on_missing: Literal["drop", "fail"] = "drop"

@@ -1,8 +1,6 @@
 """Synthesise: planned images -> samples whose conversation a model wrote."""
 
-import functools
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,122 +9,99 @@ from apache_beam.metrics import Metrics
 from apache_beam.pvalue import TaggedOutput
 from apache_beam.typehints.decorators import no_annotations
 
-from images.decode import DECODER, as_jpeg
-from images.fetch import Reach, decoders_of
-from images.sandbox import DecodePool
 from shards.errors import BadData
 from shards.ids import sample_id_of
-from shards.records import DeadLetter, PlannedImage, Sample
-from synthesis.backend import Picture
-from synthesis.backends import ModelBackend
-from synthesis.generate import synthesise
-from synthesis.prompts import PromptPair
-from transforms.fates import DEAD, dead_letter
-from transforms.filesystems import fetcher_of
-from transforms.progress import ProgressFile
+from shards.records import PlannedImage, Sample
+from synthesis.backend import ChatBackend
+from synthesis.generate import Examples, Made, Method, no_examples, synthesise
+from transforms.calls import AskModel, Backend, PictureOf
+from transforms.fates import DEAD, DECISIONS, decision, died
 
 STAGE = "synthesise"
+QUESTIONS = "questions"
 
 
-class Backend(NamedTuple):
-    """Who is asked, and how: at most `max_pixels` pixels of an image are sent, none where that is None; `concurrency` images at
-    a time per worker."""
+class Synthesised(NamedTuple):
+    """Samples, the fates of conversations that came to nothing, dead letters, and `FUSE_CALLS CODE SCORE` of every planned question."""
 
-    client: ModelBackend
-    prompts: PromptPair
-    max_pixels: int | None
-    reach: Reach
-    concurrency: int
+    samples: beam.PCollection[Sample]
+    decisions: beam.PCollection
+    dead: beam.PCollection
+    questions: beam.PCollection[str]
 
 
-def synthesise_sample(planned: PlannedImage, backend: Backend, pool: DecodePool) -> Sample | DeadLetter:
-    """One question and one answer about an image as a sample, or the dead letter of the call that failed.
-
-    The model gets the image, or, where it sees none, tags and caption.
-    """
-    try:
-        picture = None if backend.max_pixels is None else picture_of(planned, backend, pool)
-        conversation, provenance = synthesise(planned, picture, backend.client, backend.prompts)
-    except BadData as error:
-        return dead_letter(planned.image_id, STAGE, error.code, planned.source_image.origin, str(error))
+def sample_of(planned: PlannedImage, made: Made) -> Sample:
+    """The sample of a conversation about one image."""
     return Sample(
-        sample_id=sample_id_of([planned.image_id], conversation),
+        sample_id=sample_id_of([planned.image_id], made.conversation),
         image_ids=[planned.image_id],
-        conversation=conversation,
+        conversation=made.conversation,
         tags=planned.tags,
         origin=planned.source_image.origin,
         from_ids=[],
         license="",
-        language="",
+        language=made.language,
         weight=1.0,
         extra_json="{}",
-        provenance=provenance,
+        provenance=made.provenance,
     )
 
 
-def picture_of(planned: PlannedImage, backend: Backend, pool: DecodePool) -> Picture:
-    """An image as the model gets it: read again by reference, its hash checked, and re-encoded by us."""
-    max_pixels, reach = backend.max_pixels, backend.reach
+class WriteConversation(NamedTuple):
+    """The chain of calls about one planned image; see `synthesis.generate`."""
 
-    @functools.cache
-    def load() -> bytes:
-        encoded = fetcher_of(reach).fetch_again(planned.source_image.ref, planned.image_id)
-        return pool.run(as_jpeg, encoded, max_pixels, reach.limits)
+    method: Method
+    examples: Examples
+    sees_images: bool
 
-    return Picture(f"{planned.image_id.hex()}, {max_pixels} pixels, {DECODER}, JPEG 90", load)
+    def run(self, item: PlannedImage, backend: ChatBackend, picture_of: PictureOf) -> Made:
+        picture = picture_of(item.image_id, item.source_image) if self.sees_images else None
+        return synthesise(item, picture, backend, self.method, self.examples)
 
+    def outputs(self, item: PlannedImage, result: Made) -> Iterator[Any]:
+        for question in result.provenance.questions:
+            yield TaggedOutput(QUESTIONS, f"{self.method.fuse} {question.code} {question.score}")
+        if result.dropped is None:
+            Metrics.counter(STAGE, "samples").inc()
+            yield sample_of(item, result)
+            return
+        code, score = result.dropped.code, result.dropped.score
+        numbers = (float(score), float(self.method.judge_min)) if code == "low_judge" else (None, None)
+        Metrics.counter(STAGE, f"filtered_{code}").inc()
+        origin = item.source_image.origin
+        row = decision("conversation", "filtered", item.image_id, STAGE, code, origin, *numbers)
+        yield TaggedOutput(DECISIONS, row)
 
-class _Synthesise(beam.DoFn):
-    def __init__(self, backend: Backend, progress: str) -> None:
-        self._backend, self._progress_folder = backend, progress
-
-    def setup(self) -> None:
-        self._callers = ThreadPoolExecutor(self._backend.concurrency)
-        self._pool = decoders_of(self._backend.reach)
-        self._progress = ProgressFile(self._progress_folder, "conversations")
-
-    def process(self, batch: Sequence[PlannedImage]) -> Iterator[Any]:
-        for result in self._callers.map(
-            lambda planned: synthesise_sample(planned, self._backend, self._pool), batch
-        ):
-            self._progress.advance()
-            if isinstance(result, Sample):
-                Metrics.counter(STAGE, "samples").inc()
-                yield result
-            else:
-                Metrics.counter(STAGE, f"dead_{result.code}").inc()
-                yield TaggedOutput(DEAD, result)
-
-    def finish_bundle(self) -> None:
-        self._progress.write()
-
-    def teardown(self) -> None:
-        self._callers.shutdown()
-        self._pool.close()
-        self._backend.client.close()
+    def failure(self, item: PlannedImage, error: BadData) -> Iterator[Any]:
+        origin = item.source_image.origin
+        yield from died("conversation", item.image_id, STAGE, error.code, origin, str(error))
 
 
 @dataclass
 class Synthesise(beam.PTransform):
-    """PCollection[PlannedImage] -> (Samples, dead letters). Decides no fate: an image whose calls fail stays what it was.
+    """PCollection[PlannedImage] -> Synthesised. Decides no fate of an image: one whose calls fail stays what it was.
 
-    Calls of one batch run side by side. Answers are not remembered: a rerun makes every call again. Dropped: images whose calls
-    fail, as dead letters. Shuffled: planned images, to spread the calls over workers.
+    Every planned conversation becomes a sample, or a decision: filtered where no question was kept, under the code of the best type's,
+    dead where a call failed. Answers come from the ledger; see `AskModel` for what is shuffled.
     """
 
     backend: Backend
+    method: Method
+    examples: Examples = no_examples
     progress: str = ""
 
     @no_annotations
-    def expand(self, planned: beam.PCollection[PlannedImage]) -> tuple[beam.PCollection, beam.PCollection]:
-        concurrency = self.backend.concurrency
-        called = (
+    def expand(self, planned: beam.PCollection[PlannedImage]) -> Synthesised:
+        chain = WriteConversation(self.method, self.examples, self.backend.max_pixels is not None)
+        made = (
             planned
-            | "Spread" >> beam.Reshuffle()
-            | "Batch" >> beam.BatchElements(min_batch_size=concurrency, max_batch_size=4 * concurrency)
-            | "Call"
-            >> beam.ParDo(_Synthesise(self.backend, self.progress))
-            .with_output_types(Sample)
-            .with_outputs(DEAD, main="samples")
+            | "ByImage"
+            >> beam.Map(lambda p: (p.image_id, p)).with_output_types(
+                beam.typehints.Tuple[bytes, PlannedImage]
+            )
+            | "AskModel"
+            >> AskModel(
+                chain, self.backend, PlannedImage, Sample, [DECISIONS, DEAD, QUESTIONS], self.progress
+            )
         )
-        return called.samples, called[DEAD]
+        return Synthesised(made.main, made[DECISIONS], made[DEAD], made[QUESTIONS])

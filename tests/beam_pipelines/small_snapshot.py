@@ -8,7 +8,18 @@ import numpy as np
 from PIL import Image
 
 from shards.ids import digest, image_id_of, sample_id_of
-from shards.records import FROM_SOURCE, Call, DeadLetter, Decision, Origin, Provenance, Sample, Tag, Turn
+from shards.records import (
+    FROM_SOURCE,
+    Call,
+    DeadLetter,
+    Decision,
+    Origin,
+    Provenance,
+    Question,
+    Sample,
+    Tag,
+    Turn,
+)
 from shards.snapshot import Funnel
 from tests.made_snapshots import commit_made
 
@@ -60,7 +71,7 @@ class SmallSnapshot:
         (self.source / "copies/changed.jpg").write_bytes(jpeg(99))
         self.kept_id, self.evil_id = image_id_of(self.kept), image_id_of(self.evil)
         calls = [Call(f"question/v1@{'a' * 64}", f"Ask. {EVIL}", RAW), Call("answer/v1@b", "Tell.", "A cat.")]
-        made = Provenance("text-only", "tiny-model", "perception/scene", ("fox",), calls)
+        made = Provenance("text-only", "tiny-model", [Question("perception/scene", ("fox",), "kept")], calls)
         self.samples = [
             sample_of(self.kept_id, f"A cat. {EVIL}", 0),
             sample_of(self.evil_id, "{{7*7}}", 1),

@@ -24,6 +24,8 @@ def test_comparisons_in_words():
 CODE_ARGUMENT = {
     "BadData": 0,
     "VlmFailure": 0,
+    "Unfit": 0,
+    "Judgement": 0,
     "decision": 4,
     "dead_letter": 2,
     "died": 3,

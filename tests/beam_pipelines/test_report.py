@@ -172,7 +172,7 @@ def test_the_page_stays_bounded(tmp_path, monkeypatch):
     ]
     rows += [image_row("kept", "kept", b"", f"keeper{n}.jpg", id=keeper) for n, keeper in enumerate(ids)]
     long = [Call("q/v1@a", "p" * 20_000, "<" * 20_000)] * 9
-    provenance = Provenance("vlm", "m", "t", (), long)
+    provenance = Provenance("vlm", "m", (), long)
     samples = [sample_of(ids[n % 50], f"{n} " + "w" * 5_000, n, provenance) for n in range(100)]
     funnels = {"image": Funnel(22_000, 2_000, 20_000, 0, 0), "sample": Funnel(0, 0, 0, 0, 0)}
     codes = {"image/duplicate/deduplicate/near_cosine": 20_000, "image/kept/settle/kept": 2_000}

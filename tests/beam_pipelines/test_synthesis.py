@@ -1,22 +1,23 @@
-"""Synthesis through the whole job: a real language model on loopback, and a server that records what it is sent."""
+"""Synthesis through the whole job: a scripted model that sees, kind and hostile, and a real language model on loopback."""
 
-import base64
 import io
 import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 
+from beam_pipelines.cli import run as command_line
 from beam_pipelines.curate_images import curate
+from beam_pipelines.explain import explain_text
 from beam_pipelines.options import parse_options
 from shards.errors import BadRequest
-from shards.snapshot import Snapshot
+from shards.snapshot import Snapshot, open_snapshot
+from shards.verify import verify_snapshot
 from synthesis.local_server import serve_smollm2
+from tests.scripted_vlm import scripted_server, told
+
+KEY = "sk-canary-5b1f0c"
 
 
 @pytest.fixture(scope="module")
@@ -39,91 +40,96 @@ def run(llava: str, out: Path, base_url: str, **options: object) -> Snapshot:
     return snapshot
 
 
-class Recorder:
-    """An OpenAI-compatible server that answers sensibly, keeps every request, and fails for chosen images."""
-
-    def __init__(self) -> None:
-        self.requests: list[dict[str, Any]] = []
-        self.refuse_larger_than: int | None = None
-
-    def answer(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        self.requests.append(body)
-        parts = body["messages"][0]["content"]
-        text = parts if isinstance(parts, str) else parts[-1]["text"]
-        if self.refuse_larger_than is not None and len(json.dumps(parts)) > self.refuse_larger_than:
-            return 400, {"error": "too large"}
-        content = (
-            "It is drawn." if "\nQuestion: " in text else f"What is it made of, in case {len(self.requests)}?"
-        )
-        return 200, {"choices": [{"message": {"role": "assistant", "content": content}}]}
+def content(snapshot: Snapshot) -> tuple[str, list[str], dict[str, int]]:
+    files = [file.sha256 for file in (*snapshot.manifest.samples, *snapshot.manifest.decisions)]
+    return snapshot.id, files, dict(snapshot.manifest.codes)
 
 
-@pytest.fixture
-def recorder() -> Iterator[tuple[Recorder, str]]:
-    kept = Recorder()
-
-    class Handler(BaseHTTPRequestHandler):
-        def _send(self, status: int, body: dict[str, Any]) -> None:
-            data = json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("content-type", "application/json")
-            self.send_header("content-length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def do_GET(self) -> None:
-            self._send(200, {"data": [{"id": "seeing-model"}]})
-
-        def do_POST(self) -> None:
-            self._send(*kept.answer(json.loads(self.rfile.read(int(self.headers["content-length"])))))
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield kept, f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_seeing_model_is_sent_our_own_small_jpeg(
-    llava: str, tmp_path: Path, recorder: tuple[Recorder, str]
+def test_failed_calls_are_dead_letters_until_retry_failed_completes_them(
+    llava: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    kept, base_url = recorder
-    options = {"vlm_max_pixels": 4000, "max_samples": 3}
-    snapshot = run(llava, tmp_path / "out", base_url, **options)
+    """A hostile run and `retry-failed` give what a calm run gives; every call is paid once, and the key is nowhere."""
+    monkeypatch.setenv("CANARY_KEY", KEY)
+    with scripted_server(key=KEY, faults=range(1, 5)) as server:
+        options = {"vlm_api_key_env": "CANARY_KEY"}
+        calm = run(llava, tmp_path / "calm", server.url, **options)
+        assert calm.manifest.synthesised >= 4 and not list(verify_snapshot(calm))
+        planned = calm.manifest.funnels["conversation"]
+        assert planned == (8, calm.manifest.synthesised, 0, 8 - calm.manifest.synthesised, 0)
+        assert calm.manifest.funnels["sample"] == calm.manifest.funnels["image"] == (8, 8, 0, 0, 0)
+        paid, server.faulty = server.calls.copy(), 0.3
+        hostile = run(llava, tmp_path / "out", server.url, **options)
+        met = hostile.manifest.funnels["conversation"]
+        dead = hostile.table("dead").to_pylist()
+        assert met.dead == len(dead) > 0 and met.input == met.kept + met.filtered + met.dead == 8
+        assert {row["code"] for row in dead} <= {"vlm_refused", "vlm_bad_response", "vlm_empty"}
+        assert not list(verify_snapshot(hostile))
+        assert dead[0]["code"] in explain_text(hostile, dead[0]["name"])
+        server.faulty = 0.0
+        assert command_line(["retry-failed", str(tmp_path / "out")]) == 0
+        assert content(open_snapshot(str(tmp_path / "out"))) == content(calm)
+        assert server.answered == paid + paid  # each call was answered once for each folder
+    assert "calls made now" in capfd.readouterr().err
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
+
+
+def test_a_seeing_model_is_sent_our_own_small_jpeg(llava: str, tmp_path: Path) -> None:
+    with scripted_server() as server:
+        options = {"vlm_max_pixels": 4000, "max_samples": 3, "fuse_calls": "all", "answer_forms": "word"}
+        snapshot = run(llava, tmp_path / "out", server.url, **options)
+        assert server.total == 3 + 0
+        for body in server.bodies:
+            ((jpeg,), text) = told(body)
+            assert text.startswith("You write") and body["response_format"]["type"] == "json_schema"
+            with Image.open(io.BytesIO(jpeg)) as sent:
+                assert sent.format == "JPEG" and sent.width * sent.height <= 4000
+        # Few calls beside many: what each way gave stands side by side.
+        run(llava, tmp_path / "out", server.url, **{**options, "fuse_calls": "none"})
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())["questions"]
+    assert {name: told["planned"] for name, told in metrics.items()} == {"all": 3, "none": 3}
+    assert all(3000 <= told["mean_grade_milli"] <= 9000 for told in metrics.values())
     made = [s for s in snapshot.samples() if s.provenance.generator == "vlm"]
-    assert snapshot.manifest.synthesised == len(made) == 3
-    assert snapshot.manifest.funnels["sample"].input == 8
-    assert {s.provenance.model for s in made} == {"seeing-model"}
+    assert snapshot.manifest.synthesised == len(made) >= 1
     for sample in made:
-        assert sample.conversation[0].value.startswith("<image>\n")
-        assert len(sample.provenance.calls) == 2 and sample.provenance.instruction_type
+        assert sample.provenance.model == "scripted-vlm" and sample.language == "en"
+        assert sample.provenance.calls[0].prompt_id.startswith("everything/v1@")
         assert sample.image_ids[0] in snapshot.media
-    asked = [r for r in kept.requests if isinstance(r["messages"][0]["content"], list)][-6:]
-    for body in asked:
-        image, text = body["messages"][0]["content"]
-        assert text["type"] == "text"
-        header, data = image["image_url"]["url"].split(",")
-        assert header == "data:image/jpeg;base64"
-        with Image.open(io.BytesIO(base64.b64decode(data))) as sent:
-            assert sent.format == "JPEG" and sent.width * sent.height <= 4000
-    assert not any("http" in r["messages"][0]["content"][0]["image_url"]["url"][:8] for r in asked)
 
 
-def test_a_failed_call_is_a_dead_letter_and_costs_nothing_else(
-    llava: str, tmp_path: Path, recorder: tuple[Recorder, str]
+def test_collected_conversations_are_judged_where_that_is_asked_for(llava: str, tmp_path: Path) -> None:
+    with scripted_server() as server:
+        options = {"judge_existing": True, "max_samples": 1, "fuse_calls": "all"}
+        snapshot = run(llava, tmp_path / "out", server.url, **options)
+    samples = snapshot.manifest.funnels["sample"]
+    rows = [r for r in snapshot.table("decisions").to_pylist() if r["stage"] == "judge"]
+    assert samples.input == 8 == samples.kept + samples.filtered and len(rows) == samples.filtered
+    for row in rows:
+        low = row["code"] == "low_judge"
+        assert low or row["code"] == "answer_disputed"
+        assert (row["score"], row["threshold"]) == ((3.0, 8.0) if low else (None, None))
+        assert ("judged 3 of 10 < 8" if low else "gives another answer") in explain_text(
+            snapshot, row["id"][:12]
+        )
+    assert not list(verify_snapshot(snapshot))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"answer_forms": "word,long"}, "--answer-forms"),
+        ({"answer_language": "german"}, "did you mean 'de'"),
+        ({"prompt_version": ["judge=v9"]}, "there is no 'judge/v9'"),
+        ({"prompts": "/nowhere"}, "holds no NAME/VERSION"),
+        ({"judge_existing": True, "judge_min": 0, "agreement": False}, "nothing is asked"),
+    ],
+)
+def test_bad_requests_write_nothing(
+    llava: str, tmp_path: Path, options: dict[str, object], says: str
 ) -> None:
-    kept, base_url = recorder
-    kept.refuse_larger_than = 20_000
-    snapshot = run(llava, tmp_path / "out", base_url, vlm_concurrency=1)
-    dead = snapshot.table("dead").to_pylist()
-    assert {row["code"] for row in dead} <= {"vlm_refused", "vlm_bad_question", "vlm_bad_answer"}
-    assert any(row["code"] == "vlm_refused" for row in dead)
-    assert snapshot.manifest.synthesised + len(dead) == 8
-    assert snapshot.manifest.funnels["sample"] == snapshot.manifest.funnels["image"] == (8, 8, 0, 0, 0)
-    assert "vlm_refused" in (tmp_path / "out" / "metrics.json").read_text()
+    with scripted_server() as server, pytest.raises(BadRequest, match=says):
+        run(llava, tmp_path / "out", server.url, **options)
+    assert not (tmp_path / "out").exists() and server.total == 0
 
 
 def test_a_real_language_model_writes_what_it_is_told_and_says_so(llava: str, tmp_path: Path) -> None:
@@ -133,9 +139,10 @@ def test_a_real_language_model_writes_what_it_is_told_and_says_so(llava: str, tm
         assert not (tmp_path / "refused").exists()
         options = {"allow_text_only": True, "max_samples": 4, "vlm_concurrency": 2}
         snapshot = run(llava, tmp_path / "out", base_url, **options)
+        assert run(llava, tmp_path / "out", base_url, **options).id == snapshot.id
     made = [s for s in snapshot.samples() if s.provenance.generator == "text-only"]
-    dead = snapshot.table("dead").num_rows
-    assert len(made) + dead == 4 and len(made) >= 2
+    planned = snapshot.manifest.funnels["conversation"]
+    assert len(made) == planned.kept >= 2 and planned.input == planned.kept + planned.filtered == 4
     for sample in made:
         assert sample.conversation[0].value.endswith("?")
         assert "SmolLM2" in sample.provenance.model

@@ -15,8 +15,9 @@ FLUSH_ROWS = 3
 def small_flushes() -> None:
     """Ledgers put what they have after every third row."""
     from shards import ledger
+    from transforms import calls
 
-    ledger.FLUSH_ROWS = FLUSH_ROWS
+    ledger.FLUSH_ROWS = calls.CALL_FLUSH_ROWS = FLUSH_ROWS
 
 
 def note(path: Path, text: str) -> None:

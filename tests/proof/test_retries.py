@@ -201,6 +201,8 @@ def run(out: Path, folder: Path, runner: str) -> Snapshot:
             "encoders": pipeline | "Encoders" >> beam.Create(["e n"]),
             "benchmarks": nothing,
             "searched": nothing,
+            "conversations": nothing,
+            "questions": nothing,
         } | Commit(to, RunFacts("", {"max_shard_size": 10_000}, {}))
     return open_snapshot(str(out))
 

@@ -53,7 +53,7 @@ ROWS = {
     ImageRow: [image_row(n, "cpu") for n in range(7)],
     CellsRow: [CellsRow(digest(n), n, 1, bytes([n])) for n in range(7)],
     SearchRow: [SearchRow(digest(n), -n, bytes([n]), b"") for n in range(7)],
-    CallRow: [CallRow(digest(n), f'{{"answer": "é{n}"}}') for n in range(7)],
+    CallRow: [CallRow(digest(n), digest(-n), f"é{n}", n, 1) for n in range(7)],
 }
 
 

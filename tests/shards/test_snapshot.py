@@ -5,7 +5,7 @@ import pytest
 from shards.collect import pin
 from shards.errors import BadRequest, CommitConflict, CorruptShard
 from shards.ids import image_id_of
-from shards.records import Call, Decision, Origin, Provenance, Sample, Tag
+from shards.records import Call, Decision, Origin, Provenance, Question, Sample, Tag
 from shards.snapshot import (
     Destination,
     Funnel,
@@ -33,7 +33,9 @@ def samples() -> list[Sample]:
         a_sample([i], TURNS, tags=[Tag("tag", 900)], origin=Origin(n, "s", f"n{n}", 7))
         for n, i in enumerate(sorted(PICTURES))
     ]
-    made[0] = made[0]._replace(provenance=Provenance("vlm", "model", "A/B/C", ["tag"], calls))
+    made[0] = made[0]._replace(
+        provenance=Provenance("vlm", "model", [Question("A/B/C", ["tag"], "kept", "word", 9, "obeys")], calls)
+    )
     return sorted(made)
 
 
@@ -142,7 +144,7 @@ def test_the_same_samples_give_the_same_files_in_any_order(tmp_path: Path) -> No
 def test_a_sample_that_a_model_repeats_word_for_word_is_one_conversation(tmp_path: Path) -> None:
     image_id = min(PICTURES)
     read = a_sample([image_id], TURNS)
-    made = read._replace(provenance=Provenance("vlm", "model", "A/B/C", [], []), from_ids=[])
+    made = read._replace(provenance=Provenance("vlm", "model", [], []), from_ids=[])
     commit_made(tmp_path, PICTURES.values(), [made, read])
     snapshot = open_snapshot(str(tmp_path))
     assert len(list(snapshot.samples())) == 2 and len(snapshot.conversations) == 1

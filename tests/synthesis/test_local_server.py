@@ -18,10 +18,10 @@ from shards.records import MediaRef, Origin, PlannedImage, PlannedType, SourceIm
 from synthesis import local_server
 from synthesis.backend import Ask, Picture, VlmFailure, schema_of
 from synthesis.client import ChatClient
-from synthesis.generate import synthesise
+from synthesis.generate import Method, synthesise
 from synthesis.local_server import MODEL_NAME, find_weights, serve_smollm2
 from synthesis.probe import ProbeResult, probe
-from synthesis.prompts import load_prompt_pair
+from synthesis.prompts import load_prompts
 
 ROOT = Path(local_server.__file__).parents[1]
 try:
@@ -69,12 +69,12 @@ def test_it_reads_text_and_refuses_images(base_url: str) -> None:
 
 
 def test_it_writes_about_captions_and_tags_and_repeats_itself(base_url: str) -> None:
-    prompts = load_prompt_pair(sees_images=False)
+    method = Method(load_prompts())
     cases = [planned("A ginger cat lying on a wooden floor", "tabby"), planned("", "castle", "moat")]
     with ChatClient(base_url, MODEL_NAME) as client:
         # The other request in between leaves the server's prompt cache in another state.
-        first, other, again = (synthesise(case, None, client, prompts) for case in (*cases, cases[0]))
-    for (question, answer), provenance in (first, other):
+        first, other, again = (synthesise(case, None, client, method) for case in (*cases, cases[0]))
+    for (question, answer), provenance, _ in (first, other):
         assert question.value.startswith("<image>\nWh") and question.value.endswith("?")
         assert len(answer.value) > 10 and len(provenance.calls) == 2
     assert "cat" in first[0][1].value and "castle" in other[0][1].value
@@ -97,7 +97,7 @@ def test_json_of_a_schema_comes_back(base_url: str) -> None:
 def test_an_image_it_cannot_see_is_a_failure_not_an_answer(base_url: str) -> None:
     with ChatClient(base_url, MODEL_NAME, max_attempts=1) as client, pytest.raises(VlmFailure) as caught:
         picture = Picture("a recipe", lambda: b"\xff\xd8")
-        synthesise(planned("A cat"), picture, client, load_prompt_pair(sees_images=True))
+        synthesise(planned("A cat"), picture, client, Method(load_prompts()))
     assert caught.value.code == "vlm_server_error"
 
 

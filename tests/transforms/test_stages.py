@@ -40,13 +40,16 @@ from shards.records import (
 )
 from shards.snapshot import Destination, StoredPack, snapshot_id_of
 from synthesis.client import ChatClient
+from synthesis.generate import Method
 from synthesis.planner import LookupPlanner
-from synthesis.prompts import load_prompt_pair
+from synthesis.prompts import load_prompts
+from transforms.calls import Backend
 from transforms.commit import Commit, RunFacts, build_manifest
 from transforms.decontaminate import Decontaminate
 from transforms.deduplicate import CollapseSameBytes, FindNearDuplicates, choose_reference
 from transforms.embed import DistinctReferences, EmbedImages, Reading
 from transforms.filter import FilterImages, FilterRule
+from transforms.judge import JudgeExisting
 from transforms.limit import LimitErrors
 from transforms.plan import PlanInstructions
 from transforms.read import ReadSamples, sampling_key
@@ -63,7 +66,7 @@ from transforms.route import Search
 from transforms.settle import SettleImages, SettleSamples
 from transforms.spool import SpoolImages
 from transforms.stored import KeepPacks, ReadStored
-from transforms.synthesise import Backend, Synthesise
+from transforms.synthesise import Synthesise
 from transforms.tag import TagImages, TagRule, best_tags, class_tags
 from transforms.write import CountShards, WriteMedia, WriteRows, pack_images
 
@@ -476,7 +479,8 @@ def test_transforms_survive_pickling() -> None:
     to = Destination("out", "token")
     memory = Memory([], [Segment("out", "s")], "d", "e", "n", True)
     pack = StoredPack(ShardFile("media", "p", "", 1, 1), ShardFile("media_index", "p.index", "", 1, 1))
-    backend = Backend(ChatClient("http://127.0.0.1:9", "m"), load_prompt_pair(True), 1000, REACH, 2)
+    backend = Backend(ChatClient("http://127.0.0.1:9", "m"), 1000, REACH, 2, to)
+    method = Method(load_prompts())
     for transform in (
         ReadSamples(5, 1),
         DistinctReferences(),
@@ -501,7 +505,8 @@ def test_transforms_survive_pickling() -> None:
         SettleSamples(),
         SettleImages(),
         Commit(to, RunFacts("", {}, {})),
-        Synthesise(backend),
+        Synthesise(backend, method),
+        JudgeExisting(backend, method),
     ):
         again = pickle.loads(pickle.dumps(transform))
         assert type(again) is type(transform) and again.__dict__ == transform.__dict__
@@ -516,7 +521,7 @@ def test_errors_survive_pickling() -> None:
 
 
 def test_every_record_of_the_contract_has_a_deterministic_coder() -> None:
-    nested = {"Origin", "MediaRef", "Turn", "ImageFacts", "Tag", "Call", "Provenance", "Geometry"}
+    nested = {"Origin", "MediaRef", "Turn", "ImageFacts", "Tag", "Call", "Question", "Provenance", "Geometry"}
     flowing = {
         record
         for name, record in vars(records).items()
