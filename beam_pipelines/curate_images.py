@@ -94,7 +94,7 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
         job.to, job.reach, max_shard_bytes
     )
     void_ids = void | "VoidIds" >> beam.Map(lambda letter: letter.id)
-    made, failed_calls = _synthesise(named, job)
+    planned, made, failed_calls = _synthesise(named, job)
     written = {
         "through": made,
         "failures": failed_calls | "CodesOfCalls" >> code_of,
@@ -147,6 +147,7 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
         "live": live,
         "synthesised": settled.main
         | "Synthesised" >> beam.Filter(lambda s: s.provenance.generator != "source"),
+        "planned": planned,
         "encoders": embedded | "Encoders" >> beam.Map(lambda image: f"{image.encoder} {image.numerics}"),
         "benchmarks": benchmarks,
         "searched": searched,
@@ -201,13 +202,17 @@ def _decontaminate(images: beam.PCollection, job: Job, model: Encoder) -> Decont
     } | "Decontaminate" >> Decontaminate(names, rule)
 
 
-def _synthesise(named: beam.PCollection, job: Job) -> tuple[beam.PCollection, beam.PCollection]:
-    """Synthesised samples and the dead letters of failed calls; none of either without an endpoint."""
+def _synthesise(named: beam.PCollection, job: Job) -> tuple[beam.PCollection, ...]:
+    """Types that were planned, synthesised samples and the dead letters of failed calls; none of them without an endpoint."""
     if job.synthesis is None:
         nothing = named.pipeline | "NoSynthesis" >> beam.Create([])
-        return nothing, nothing
-    planned = named | "PlanInstructions" >> PlanInstructions(job.synthesis.planner, job.options.max_samples)
-    return planned | "Synthesise" >> Synthesise(job.synthesis.backend, job.progress)
+        return nothing, nothing, nothing
+    planning = job.planning
+    planned = named | "PlanInstructions" >> PlanInstructions(planning.planner, planning.allotment)
+    types = planned | "PlannedTypes" >> beam.FlatMap(
+        lambda image: [one.instruction_type for one in image.types]
+    )
+    return types, *(planned | "Synthesise" >> Synthesise(job.synthesis.backend, job.progress))
 
 
 def curate(

@@ -64,7 +64,7 @@ def write_artifact(
         allow_pickle=False,
         document=counts.document,
         tag=counts.tag,
-        count=counts.count,
+        count=counts.occurrences,
         weight_ppm=weights,
     )
     files = {ARRAYS: sink.getvalue(), SEEDS: seed_lines(seeds)}

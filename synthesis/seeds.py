@@ -48,6 +48,16 @@ def parse_seeds(data: bytes) -> list[Seed]:
     return [Seed(**json.loads(line)) for line in data.splitlines()]
 
 
+class StoredPicture(NamedTuple):
+    """Loads a seed's JPEG from the artifact's folder."""
+
+    root: str
+    sha256: str
+
+    def __call__(self) -> bytes:
+        return _load(self.root, self.sha256)
+
+
 class SeedBank:
     """Seeds by type, and the folder of the artifact that their pictures lie in. Questions are in memory, pictures are read when sent."""
 
@@ -70,7 +80,7 @@ class SeedBank:
             SeedExample(
                 seed.instruction_type,
                 seed.question,
-                Picture(f"JPEG of sha256 {seed.picture}", functools.partial(_load, self._root, seed.picture))
+                Picture(f"JPEG of sha256 {seed.picture}", StoredPicture(self._root, seed.picture))
                 if seed.picture
                 else None,
             )

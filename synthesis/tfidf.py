@@ -39,14 +39,14 @@ class TfidfOptions(NamedTuple):
 class Counts(NamedTuple):
     """How often a seed has each tag in each document, sorted by tag and then document: integer arrays (N,) of one length.
 
-    `documents` are types, or groups of them, and `tags` names, both sorted; `document` and `tag` index them; `count` is 1 and more.
+    `documents` are types, or groups of them, and `tags` names, both sorted; `document` and `tag` index them; `occurrences` are 1 and more.
     """
 
     documents: tuple[str, ...]
     tags: tuple[str, ...]
     document: np.ndarray
     tag: np.ndarray
-    count: np.ndarray
+    occurrences: np.ndarray
 
 
 def count_table(milli: Mapping[tuple[str, str], int], records: Mapping[str, int], level: Level) -> Counts:
@@ -74,7 +74,7 @@ def count_table(milli: Mapping[tuple[str, str], int], records: Mapping[str, int]
 def tfidf_weights(counts: Counts, smooth_idf: bool, sublinear_tf: bool) -> np.ndarray:
     """float64 (N,) in [0, 1], one for each count: what scikit-learn's TfidfTransformer(norm="l2") makes of the same counts."""
     shape = len(counts.documents), len(counts.tags)
-    table = sparse.csr_array((counts.count.astype(np.float64), (counts.document, counts.tag)), shape)
+    table = sparse.csr_array((counts.occurrences.astype(np.float64), (counts.document, counts.tag)), shape)
     if sublinear_tf:
         table.data = np.log(table.data) + 1
     with_tag = np.bincount(counts.tag, minlength=shape[1]) + int(smooth_idf)
@@ -82,12 +82,14 @@ def tfidf_weights(counts: Counts, smooth_idf: bool, sublinear_tf: bool) -> np.nd
     weighted = table.multiply(idf).tocsr()
     lengths = np.sqrt(weighted.multiply(weighted).sum(axis=1))
     lengths[lengths == 0] = 1
-    return np.asarray(weighted[counts.document, counts.tag]).ravel() / lengths[counts.document]
+    weights: np.ndarray = np.asarray(weighted[counts.document, counts.tag]).ravel()
+    return np.asarray(weights / lengths[counts.document])
 
 
 def quantised(weights: np.ndarray) -> np.ndarray:
     """Weights in millionths, int32 (N,)."""
-    return np.rint(weights * PPM).astype("<i4")
+    whole: np.ndarray = np.rint(weights * PPM).astype("<i4")
+    return whole
 
 
 class TfidfPlanner:

@@ -15,6 +15,7 @@ from apache_beam.typehints.decorators import no_annotations
 from embeddings.contamination import BenchmarkCounts
 from shards.records import DeadLetter, Decision, ShardFile
 from shards.snapshot import KINDS, Destination, Manifest, commit, funnel_of, snapshot_id_of
+from synthesis.taxonomy import groups_of
 
 MESSAGES_PER_CODE = 5
 _VERSIONED = ("shardmill", "apache-beam", "pyarrow", "pillow", "torch", "timm", "numpy")
@@ -107,10 +108,23 @@ def build_manifest(
     return manifest
 
 
+def plan_by_level(planned: Mapping[str, int], realised: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """By first level and `First/Second`: slots that were planned, and synthesised samples that were written."""
+    table: dict[str, dict[str, int]] = {}
+    for column, counts in (("planned", planned), ("realised", realised)):
+        for name, count in counts.items():
+            for group in dict.fromkeys(groups_of(name)):
+                row = table.setdefault(group, {"planned": 0, "realised": 0})
+                row[column] += count
+    return table
+
+
 def _metrics_json(
     manifest: Manifest,
     messages: Iterable[tuple[str, list[DeadLetter]]],
     searched: Sequence[str],
+    planned: Mapping[str, int],
+    realised: Mapping[str, int],
     facts: RunFacts,
 ) -> bytes:
     failures = {
@@ -127,6 +141,7 @@ def _metrics_json(
         "decontaminated": dict(manifest.decontaminated),
         "failures": failures,
         "searched": searched,
+        "plan": plan_by_level(planned, realised),
         **facts.metrics,
     }
     return json.dumps(body, sort_keys=True, indent=1).encode() + b"\n"
@@ -149,6 +164,8 @@ class _Commit(beam.DoFn):
         messages: Iterable[tuple[str, list[DeadLetter]]],
         benchmarks: Iterable[BenchmarkCounts],
         searched: Iterable[str],
+        planned: Iterable[tuple[str, int]],
+        realised: Iterable[tuple[str, int]],
     ) -> Iterable[str]:
         inputs = {"image": image_inputs, "sample": sample_inputs}
         unnamed = build_manifest(
@@ -156,7 +173,7 @@ class _Commit(beam.DoFn):
         )
         # Before the commit: what fails here leaves no half-told run.
         named = unnamed._replace(snapshot_id=snapshot_id_of(unnamed))
-        metrics = _metrics_json(named, messages, sorted(searched), self._facts)
+        metrics = _metrics_json(named, messages, sorted(searched), dict(planned), dict(realised), self._facts)
         manifest = commit(self._to, self._facts.base, unnamed)
         self._to.storage.write("metrics.json", metrics)
         yield manifest.snapshot_id
@@ -164,9 +181,10 @@ class _Commit(beam.DoFn):
 
 @dataclass
 class Commit(beam.PTransform):
-    """{files, decisions, dead, images, samples, live, synthesised, encoders, benchmarks, searched} -> the snapshot's id.
+    """{files, decisions, dead, images, samples, live, synthesised, planned, encoders, benchmarks, searched} -> the snapshot's id.
 
-    `searched` says how duplicates were looked for. `images` and `samples` are the run's input, one element each, and are only counted; `synthesised` likewise. Everything meets in
+    `searched` says how duplicates were looked for. `images` and `samples` are the run's input, one element each, and are only counted; `synthesised` likewise, and by
+    the types of `planned` slots. Everything meets in
     one DoFn as side inputs: file names and counts, never rows.
     """
 
@@ -189,6 +207,9 @@ class Commit(beam.PTransform):
             >> beam.Map(lambda d: (f"{d.stage}/{d.code}", d)).with_output_types(tuple[str, DeadLetter])
             | "FewPerCode" >> beam.combiners.Top.SmallestPerKey(MESSAGES_PER_CODE)
         )
+        realised = inputs["synthesised"] | "TypesOfSamples" >> beam.Map(
+            lambda sample: sample.provenance.instruction_type
+        ).with_output_types(str)
         encoders = inputs["encoders"] | "DistinctEncoders" >> beam.Distinct()
         return (
             inputs["files"].pipeline
@@ -206,5 +227,7 @@ class Commit(beam.PTransform):
                 messages=AsIter(messages),
                 benchmarks=AsIter(inputs["benchmarks"]),
                 searched=AsIter(inputs["searched"]),
+                planned=AsIter(inputs["planned"] | "CountPlanned" >> beam.combiners.Count.PerElement()),
+                realised=AsIter(realised | "CountRealised" >> beam.combiners.Count.PerElement()),
             ).with_output_types(str)
         )

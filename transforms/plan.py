@@ -1,7 +1,7 @@
 """Plan: tags of an image -> the instruction types to ask for, within quotas."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -157,7 +157,7 @@ class PlanInstructions(beam.PTransform):
     """
 
     planner: Planner
-    allotment: Allotment = Allotment()
+    allotment: Allotment = field(default_factory=Allotment)
     few: int = FEW
 
     @no_annotations

@@ -41,7 +41,7 @@ def test_weights_are_those_of_scikit_learn(
     text = pytest.importorskip("sklearn.feature_extraction.text", reason="the oracle")
     counts = count_table(milli, RECORDS, "leaf")
     transformer = text.TfidfTransformer(smooth_idf=smooth, sublinear_tf=sublinear)
-    theirs = transformer.fit_transform(dense(counts, counts.count)).toarray()
+    theirs = transformer.fit_transform(dense(counts, counts.occurrences)).toarray()
     ours = tfidf_weights(counts, smooth, sublinear)
     np.testing.assert_allclose(dense(counts, ours), theirs, rtol=0, atol=1e-12)
     assert np.abs(dense(counts, quantised(ours)) / PPM - theirs).max() <= 0.5 / PPM + 1e-12
@@ -51,10 +51,10 @@ def test_counts_are_whole_occurrences_by_level() -> None:
     milli = {("A/a/x", "cat"): 499, ("A/a/y", "cat"): 1001, ("A/b/z", "cat"): 2, ("B/d", "man"): 2500}
     leaf = count_table(milli, RECORDS, "leaf")
     assert leaf.documents == tuple(sorted(TYPES)) and leaf.tags == ("cat", "man")
-    assert leaf.count.tolist() == [1, 1, 1, 3] and leaf.count.dtype == np.int64
+    assert leaf.occurrences.tolist() == [1, 1, 1, 3] and leaf.occurrences.dtype == np.int64
     second = count_table(milli, RECORDS, "second")
-    assert second.documents == ("A/a", "A/b", "B/c", "B/d") and second.count.tolist() == [2, 1, 3]
-    assert count_table(milli, RECORDS, "first").count.tolist() == [2, 3]
+    assert second.documents == ("A/a", "A/b", "B/c", "B/d") and second.occurrences.tolist() == [2, 1, 3]
+    assert count_table(milli, RECORDS, "first").occurrences.tolist() == [2, 3]
     again = count_table(dict(reversed(milli.items())), RECORDS, "leaf")
     assert all(map(np.array_equal, leaf[2:], again[2:]))
 
@@ -142,5 +142,5 @@ def test_a_level_plans_leaves_of_its_documents() -> None:
 
 
 def test_a_seed_without_tags_plans_its_own_mix() -> None:
-    assert count_table({}, {"A/a/x": 1}, "leaf").count.shape == (0,)
+    assert count_table({}, {"A/a/x": 1}, "leaf").occurrences.shape == (0,)
     assert planner_of({}, TfidfOptions()).plan(b"", [Tag("cat", 1)])[0].score_milli == 0
