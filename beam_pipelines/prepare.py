@@ -42,7 +42,7 @@ from synthesis.artifact import read_artifact, types_digest
 from synthesis.client import ChatClient, probe
 from synthesis.planner import LookupPlanner, Planner, load_tag_table
 from synthesis.prompts import load_prompt_pair
-from synthesis.quotas import PPM, Allotment, read_quotas
+from synthesis.quotas import PPM, Allotment, read_quotas, whole_quotas
 from synthesis.seeds import SeedBank
 from synthesis.taxonomy import BUNDLED, Taxonomy, open_taxonomy
 from transforms.against import KeptPack
@@ -231,7 +231,7 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
         "sources": [source._asdict() for source in sources],
         "benchmarks": [source._asdict() for source in benchmarks],
         "images": len(origins),
-        "quotas": {quota.group: quota.slots for quota in planning.allotment.quotas},
+        "quotas": whole_quotas(planning.allotment.quotas),
     }
     facts = RunFacts(base_id, affecting, metrics)
     progress = str(to.storage.scratch_path(to.token) / "progress") if is_local(pipeline_options) else ""

@@ -107,6 +107,16 @@ def _own_slots(group: str, counts: Mapping[str, int], taxonomy: Taxonomy) -> int
     return slots
 
 
+def whole_quotas(quotas: Sequence[Quota]) -> dict[str, int]:
+    """Slots by group as they were asked for: of a first level with those of its second levels."""
+    return {
+        quota.group: sum(
+            one.slots for one in quotas if one.group == quota.group or one.group.startswith(f"{quota.group}/")
+        )
+        for quota in quotas
+    }
+
+
 def quota_of(instruction_type: str, quotas: Iterable[Quota]) -> str:
     """The group whose quota a type counts for: its second level's before its first level's; empty for neither."""
     first, second = groups_of(instruction_type)

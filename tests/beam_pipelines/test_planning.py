@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -12,11 +13,15 @@ import pytest
 from PIL import Image
 
 from beam_pipelines.cli import run
+from beam_pipelines.report import write_report
 from shards.errors import BadRequest, CorruptShard
 from shards.records import Tag
+from shards.snapshot import open_snapshot
 from synthesis.artifact import read_artifact
+from synthesis.planner import load_tag_table
 from synthesis.taxonomy import levels_of, open_taxonomy
 from synthesis.tfidf import count_table, quantised, tfidf_weights
+from tests.beam_pipelines.test_synthesis import llava, recorder  # noqa: F401  (fixtures)
 
 TAXONOMY = open_taxonomy("infinity_mm_normalised")
 ANIMALS = "Coarse Perception/Image Topic/Identify animals"
@@ -190,3 +195,80 @@ def test_levels_are_counted_together(seed: Path, tmp_path: Path) -> None:
     assert body["documents"] == sorted({levels_of(name)[0] for name in (ANIMALS, COLOR, CHARTS)})
     assert not (tmp_path / "p" / "seeds").exists() and "unknown_format" not in body["skipped"]
     assert all(e.picture is None for e in read_artifact(str(tmp_path / "p")).seeds.examples(ANIMALS, b""))
+
+
+@pytest.fixture(scope="module")
+def fitted_to_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A planner for ImageNet's tags, fitted to words alone."""
+    root = tmp_path_factory.mktemp("classes")
+    table = load_tag_table(TAXONOMY)
+    turns = [{"from": "human", "value": "What is there to see?"}, {"from": "gpt", "value": "This."}]
+    lines = [
+        json.dumps({"conversations": turns, "tags": [name], "instruction_tags": sorted(types)})
+        for name, types in sorted(table.by_name.items())
+    ]
+    (root / "seed.jsonl").write_text("\n".join(lines))
+    assert run(["fit-planner", "--seed", str(root / "seed.jsonl"), "--output", str(root / "planner")]) == 0
+    return root / "planner"
+
+
+def test_a_run_plans_with_an_artifact_within_quotas(
+    llava: str,  # noqa: F811
+    tmp_path: Path,
+    fitted_to_classes: Path,
+    recorder: tuple[Any, str],  # noqa: F811
+) -> None:
+    command = ["curate", "--input", llava, "--output", str(tmp_path / "out"), "--vlm-base-url", recorder[1]]
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"planner: {fitted_to_classes}\nmax_samples: 10\ntypes_per_image: 2\nvlm_max_pixels: 4000\n"
+        "tag_min_score: 0.001\nquota:\n  Coarse Perception: 0.3\n  OCR: 1\n"
+    )
+    assert run([*command, "--config", str(config)]) == 0
+    snapshot = open_snapshot(str(tmp_path / "out"))
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_bytes())
+    ocr = "Fine-grained Perception (single-instance)/OCR"
+    assert metrics["quotas"] == {"Coarse Perception": 3, ocr: 1}
+    plan = metrics["plan"]
+    assert plan["Coarse Perception"]["planned"] == 3 and plan[ocr]["planned"] == 1
+    firsts = [row for name, row in plan.items() if "/" not in name]
+    assert sum(row["planned"] for row in firsts) == 10
+    made = Counter(
+        levels_of(sample.provenance.instruction_type)[0]
+        for sample in snapshot.samples()
+        if sample.provenance.generator == "vlm"
+    )
+    assert {name: row["realised"] for name, row in plan.items() if "/" not in name} == {
+        name: made[name] for name in plan if "/" not in name
+    }
+    assert sum(made.values()) == snapshot.manifest.synthesised > 0
+    options = snapshot.manifest.options
+    assert options["planner"] == read_artifact(str(fitted_to_classes)).planner.artifact_hash
+    assert options["taxonomy"] == "infinity_mm_normalised" and options["types_per_image"] == 2
+    page = Path(write_report(str(tmp_path / "out"), str(tmp_path / "r.html"))).read_text()
+    words = " ".join(re.sub(r"<[^>]*>", " ", page).split())
+    row = plan["Coarse Perception"]
+    assert f"Coarse Perception 3 {row['planned']} {row['realised']}" in words
+
+
+def test_wrong_plans_are_refused_before_anything_is_written(
+    llava: str,  # noqa: F811
+    tmp_path: Path,
+    planner: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("A: {b: [c]}")
+    cases = [
+        (["--planner", str(tmp_path)], "no planner.json there"),
+        (["--planner", str(planner), "--taxonomy", "infinity_mm"], "give --taxonomy infinity_mm_normalised"),
+        (["--taxonomy", str(own)], "give --planner, fitted with this taxonomy"),
+        (["--taxonomy", str(tmp_path / "none.yaml")], "No such file"),
+        (["--quota", "OCR=0.2"], "--max-samples, which is not given"),
+        (["--types-per-image", "0"], "--types-per-image"),
+    ]
+    for more, says in cases:
+        assert run(["curate", "--input", llava, "--output", str(tmp_path / "out"), *more]) == 2
+        errors = capfd.readouterr().err
+        assert says in errors and errors.count("\n") == 1, errors
+    assert not (tmp_path / "out").exists()

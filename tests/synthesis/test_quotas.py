@@ -15,6 +15,7 @@ from synthesis.quotas import (
     rank_key,
     read_quotas,
     scarcest_first,
+    whole_quotas,
 )
 from synthesis.taxonomy import open_taxonomy
 
@@ -42,6 +43,7 @@ def test_counts_and_levels() -> None:
         Quota("Fine-grained Perception (single-instance)/OCR", 4),
     ]
     group = "Fine-grained Perception (single-instance)"
+    assert whole_quotas(quotas) == {"Coarse Perception/Image Quality": 0, group: 10, f"{group}/OCR": 4}
     assert quota_of(f"{group}/OCR/Recognize text", quotas) == f"{group}/OCR"
     assert quota_of(f"{group}/Attribute Recognition/Recognize color", quotas) == group
     assert quota_of("Coarse Perception/Image Topic/Identify food", quotas) == ""
