@@ -9,6 +9,7 @@ from shards.errors import BadRequest
 from shards.ids import canonical_json
 from shards.records import Turn
 from synthesis.backend import Ask, ChatBackend, VlmFailure
+from synthesis.client import CALL_PARAMETERS
 from synthesis.generate import plain_text
 from synthesis.prompts import Prompt
 from synthesis.taxonomy import Taxonomy
@@ -41,7 +42,7 @@ def annotate(
     schema, error = answer_schema(taxonomy), ""
     for calls in (1, 2):
         text = prompt.render(types=taxonomy.types, conversation=spoken, error=error)
-        answer = backend.chat(Ask(text, max_tokens=256, schema=schema)).text
+        answer = backend.chat(Ask(text, **CALL_PARAMETERS[PROMPT]._asdict(), schema=schema)).text
         try:
             return Annotation(types_in(answer, taxonomy), calls)
         except ValueError as wrong:

@@ -42,6 +42,7 @@ CALL_PARAMETERS: Mapping[str, CallParameters] = {
     "answer": CallParameters(512, 0.0, 0),
     "question_text_only": CallParameters(48, 0.0, 0),
     "answer_text_only": CallParameters(96, 0.0, 0),
+    "annotate": CallParameters(256, 0.0, 0),
 }
 """Call parameters by prompt name."""
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from shards.errors import CorruptShard, MissingShard
@@ -48,7 +49,8 @@ def parse_seeds(data: bytes) -> list[Seed]:
     return [Seed(**json.loads(line)) for line in data.splitlines()]
 
 
-class StoredPicture(NamedTuple):
+@dataclass(frozen=True)
+class StoredPicture:
     """Loads a seed's JPEG from the artifact's folder."""
 
     root: str

@@ -75,6 +75,8 @@ def _firsts(groups: Iterable[str]) -> list[str]:
 
 
 def _short_names(full: str) -> tuple[str, ...]:
+    if "/" not in full:  # an alias may be any words
+        return ()
     first, second, leaf = levels_of(full)
     return (leaf,) if full == f"{first}/{second}" else (leaf, f"{second}/{leaf}")
 

@@ -61,5 +61,16 @@ def test_flags_that_the_docs_name_exist(page: Path) -> None:
         "--s3_endpoint_url",
     }
     known |= {"--encoder"}
+    # Of fit-planner.
+    known |= {
+        "--aggregate",
+        "--level",
+        "--max-pixels",
+        "--no-pictures",
+        "--no-smooth-idf",
+        "--no-sublinear-tf",
+        "--scores",
+        "--seeds-per-type",
+    }
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()))
     assert named <= known, named - known

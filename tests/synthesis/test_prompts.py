@@ -74,5 +74,5 @@ def test_malformed_prompts_are_refused(content: bytes, says: str) -> None:
 
 
 def test_unknown_prompts_are_refused() -> None:
-    with pytest.raises(BadRequest, match="there are: answer/v1, "):
+    with pytest.raises(BadRequest, match="there are: annotate/v1, answer/v1, "):
         load_prompt("../../secrets")
