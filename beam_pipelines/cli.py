@@ -473,6 +473,8 @@ def annotate_seed(
     _say(f"{done.annotated:,} annotated now, {done.known:,} before; {done.dead:,} failed")
     if done.dead:
         _say(f"failures: {done.dead_path}; the same command asks for them again")
+    if done.dead and not done.annotated + done.known:
+        raise ShardmillError("no record was annotated")
     _say(f"next: shardmill fit-planner --seed {output} --output planner/")
 
 

@@ -127,42 +127,43 @@ class TfidfPlanner:
 
         An image whose tags argue for nothing gets one type of the seed's own mix, with score 0.
         """
-        argued: dict[int, list[tuple[int, str]]] = defaultdict(list)
-        total_milli = 0
         best: dict[str, Tag] = {}
         for tag in tags:
             key = tag_key(tag.name)
             best[key] = max(best.get(key, tag), tag, key=lambda t: (t.score_milli, t.name))
-        for key, tag in best.items():
-            place = self._tag_place.get(key)
-            milli = tag.score_milli if self.options.scores == "weighted" else MILLI
-            if place is None or tag.score_milli <= 0:
-                continue
-            total_milli += milli
-            rows = slice(self._starts[place], self._starts[place + 1])
-            for number, weight in zip(
-                self._document[rows].tolist(), self._weights[rows].tolist(), strict=True
-            ):
-                argued[number].append((weight * milli, tag.name))
-        scores = {}
-        for number, found in argued.items():
-            values = [value for value, _ in found]
-            if self.options.aggregate == "max":
-                scores[number] = max(values)
-            else:
-                scores[number] = sum(values) * (MILLI if self.options.aggregate == "mean" else 1)
-                if self.options.aggregate == "mean":
-                    scores[number] //= total_milli
-        if not any(scores.values()):
-            return [PlannedType(_drawn(image_id, b"", self._all), [], 0)]
+        known = [tag for key, tag in best.items() if key in self._tag_place and tag.score_milli > 0]
+        table = np.zeros((len(known), len(self._documents)), np.int64)
+        for row, tag in enumerate(known):
+            place = self._tag_place[tag_key(tag.name)]
+            of_tag = slice(self._starts[place], self._starts[place + 1])
+            table[row, self._document[of_tag]] = self._weights[of_tag].astype(np.int64) * self._milli(tag)
+        scores = self._aggregated(table, known)
         planned = []
-        for number, score in scores.items():
-            if score > 0:
-                document = self._documents[number]
-                name = _drawn(image_id, document.encode(), self._of_document[document])
-                by = [tag for _, tag in sorted(argued[number], key=lambda item: (-item[0], item[1]))]
-                planned.append((score, PlannedType(name, by, max(1, (score + PPM // 2) // PPM))))
+        for number in np.flatnonzero(scores).tolist():
+            document = self._documents[number]
+            name = _drawn(image_id, document.encode(), self._of_document[document])
+            values = table[:, number].tolist()
+            arguing = sorted((-value, tag.name) for value, tag in zip(values, known, strict=True) if value)
+            score = int(scores[number])
+            by = [tag for _, tag in arguing]
+            planned.append((score, PlannedType(name, by, max(1, (score + PPM // 2) // PPM))))
+        if not planned:
+            return [PlannedType(_drawn(image_id, b"", self._all), [], 0)]
         return ranked(image_id, planned)
+
+    def _milli(self, tag: Tag) -> int:
+        return tag.score_milli if self.options.scores == "weighted" else MILLI
+
+    def _aggregated(self, table: np.ndarray, known: Sequence[Tag]) -> np.ndarray:
+        """int64 (documents,) of the (tags, documents) of weight times score, in 1e-9."""
+        if not known:
+            return np.zeros(table.shape[1], np.int64)
+        if self.options.aggregate == "max":
+            return np.asarray(table.max(axis=0))
+        sums = table.sum(axis=0)
+        if self.options.aggregate == "mean":
+            return np.asarray(sums * MILLI // sum(map(self._milli, known)))
+        return np.asarray(sums)
 
 
 def _drawn(image_id: bytes, salt: bytes, names: Sequence[tuple[str, int]]) -> str:

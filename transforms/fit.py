@@ -143,6 +143,32 @@ class _Count(beam.DoFn):
                 yield TaggedOutput(CANDIDATES, (name, candidate))
 
 
+class SmallestKeys(beam.CombineFn):
+    """The `count` candidates with the smallest keys, of each key one: a seed may hold a record twice."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def create_accumulator(self) -> dict[bytes, Candidate]:
+        return {}
+
+    def add_input(self, kept: dict[bytes, Candidate], candidate: Candidate) -> dict[bytes, Candidate]:
+        kept[candidate.key] = min(candidate, kept.get(candidate.key, candidate))
+        if len(kept) > self._count:
+            del kept[max(kept)]
+        return kept
+
+    def merge_accumulators(self, several: Iterable[dict[bytes, Candidate]]) -> dict[bytes, Candidate]:
+        merged: dict[bytes, Candidate] = {}
+        for kept in several:
+            for candidate in kept.values():
+                self.add_input(merged, candidate)
+        return merged
+
+    def extract_output(self, kept: dict[bytes, Candidate]) -> list[Candidate]:
+        return [kept[key] for key in sorted(kept)]
+
+
 class _Keep(beam.DoFn):
     """The seed of a candidate, its picture written; a dead letter where that cannot be had."""
 
@@ -241,8 +267,8 @@ class FitPlanner(beam.PTransform):
         kept = (
             counted[CANDIDATES]
             | "ByType" >> beam.Map(lambda item: item).with_output_types(beam.typehints.Tuple[str, Candidate])
-            | "SmallestKeys" >> beam.combiners.Top.SmallestPerKey(fit.seeds_per_type)
-            | "Candidates" >> beam.FlatMap(lambda item: set_of(item[1])).with_output_types(Candidate)
+            | "SmallestKeys" >> beam.CombinePerKey(SmallestKeys(fit.seeds_per_type))
+            | "Candidates" >> beam.FlatMap(lambda item: item[1]).with_output_types(Candidate)
             | "Spread" >> beam.Reshuffle()
             | "KeepSeeds" >> beam.ParDo(_Keep(fit)).with_output_types(Seed).with_outputs(DEAD, main="seeds")
         )
@@ -269,8 +295,3 @@ class FitPlanner(beam.PTransform):
                 seeds=AsIter(seeds),
             ).with_output_types(str)
         )
-
-
-def set_of(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Candidates without repetitions: a seed may hold a record twice."""
-    return list({candidate.key: candidate for candidate in candidates}.values())

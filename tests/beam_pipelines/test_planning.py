@@ -251,6 +251,37 @@ def test_a_run_plans_with_an_artifact_within_quotas(
     assert f"Coarse Perception 3 {row['planned']} {row['realised']}" in words
 
 
+def test_a_model_annotates_a_seed_that_a_planner_is_fitted_to(
+    tmp_path: Path,
+    recorder: tuple[Any, str],  # noqa: F811
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    kept, base_url = recorder
+    turns = [{"from": "human", "value": "Which animal is this?"}, {"from": "gpt", "value": "A fox."}]
+    lines = [json.dumps({"conversations": turns, "tags": ["fox"], "id": n}) for n in range(5)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    annotating = [
+        "annotate-seed",
+        "--seed",
+        str(tmp_path / "in.jsonl"),
+        "--output",
+        str(tmp_path / "s.jsonl"),
+    ]
+    assert run([*annotating, "--vlm-base-url", base_url]) == 1  # questions are no types
+    letters = [json.loads(line) for line in (tmp_path / "s.dead.jsonl").read_text().splitlines()]
+    assert [letter["code"] for letter in letters] == ["vlm_bad_annotation"] * 5
+    content = json.dumps({"types": ["Identify animals"]})
+    kept.answer = lambda body: (200, {"choices": [{"message": {"content": content}}]})
+    capfd.readouterr()
+    assert run([*annotating, "--vlm-base-url", base_url]) == 0
+    assert "5 annotated now, 0 before; 0 failed" in capfd.readouterr().out
+    folder = str(tmp_path / "planner")
+    assert run(["fit-planner", "--seed", str(tmp_path / "s.jsonl"), "--output", folder]) == 0
+    fitted = read_artifact(folder)
+    assert fitted.planner.plan(b"", [Tag("fox", 500)])[0].instruction_type == ANIMALS
+    assert [e.question for e in fitted.seeds.examples(ANIMALS, b"i" * 32)] == ["Which animal is this?"]
+
+
 def test_wrong_plans_are_refused_before_anything_is_written(
     llava: str,  # noqa: F811
     tmp_path: Path,
