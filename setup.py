@@ -81,6 +81,7 @@ EXTRAS["dev"] = [
     "pytest-xdist>=3",
     "ruff>=0.6",
     "scikit-image>=0.24",
+    "scikit-learn>=1.5",
     "trl>=1.0",
     "types-PyYAML",
     "types-psutil",

@@ -440,6 +440,86 @@ def fit_tagger(
     _say(f"{target}; use it with --tagger {target}")
 
 
+_PLANNING: dict[str, Any] = {"rich_help_panel": "Planning"}
+_TAXONOMY_HELP = "infinity_mm, infinity_mm_normalised, or a YAML file of instruction types."
+
+
+@app.command("fit-planner", **_PLANNING)
+def fit_planner(
+    seed: Annotated[
+        str, typer.Option(help="LLaVA or Infinity-MM records with image tags and instruction tags.")
+    ],
+    output: Annotated[str, typer.Option(help="Folder for the planner, here or at gs://.")],
+    image_root: Annotated[str, typer.Option(help="Folder that image names are relative to.")] = "",
+    taxonomy: Annotated[str, typer.Option(help=_TAXONOMY_HELP)] = "infinity_mm_normalised",
+    scores: Annotated[
+        str, typer.Option(metavar="weighted|count", help="A tag counts by its score, or 1.")
+    ] = "weighted",
+    smooth_idf: Annotated[bool, typer.Option(help="As if one more type had every tag.")] = True,
+    sublinear_tf: Annotated[bool, typer.Option(help="1 + ln(count) in place of counts.")] = True,
+    aggregate: Annotated[
+        str, typer.Option(metavar="sum|max|mean", help="What the weights of an image's tags make.")
+    ] = "sum",
+    level: Annotated[
+        str, typer.Option(metavar="leaf|second|first", help="Level of the types that are told apart.")
+    ] = "leaf",
+    seeds_per_type: Annotated[int, typer.Option(min=0, help="Examples kept of each type.")] = 16,
+    pictures: Annotated[bool, typer.Option(help="Keep small pictures with the examples.")] = True,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of such a picture at most.")] = 256 * 256,
+) -> None:
+    """Count which image tags go with which instruction types in a seed, for `shardmill curate --planner`.
+
+    shardmill fit-planner --seed seed.jsonl --image-root images/ --output planner/
+    """
+    from beam_pipelines.fit_planner import Fitting
+    from beam_pipelines.fit_planner import fit_planner as run_fit
+    from synthesis.tfidf import TfidfOptions
+
+    options: Any = TfidfOptions(scores, smooth_idf, sublinear_tf, aggregate, level)  # type: ignore[arg-type]
+    sides = max_pixels if pictures else None
+    done = run_fit(Fitting(seed, output, image_root, taxonomy, options, seeds_per_type, sides), _beam_args)
+    for code, (count, first) in done.skipped.items():
+        _say(f"skipped {count:,} {code}, as: {first}")
+    _say(
+        f"planner {done.artifact_hash[:12]} in {output}: {done.types:,} types, {done.tags:,} tags,"
+        f" {done.records:,} records by type, {done.seeds:,} examples"
+    )
+    _say(f"next: shardmill curate ... --vlm-base-url URL --planner {output}")
+
+
+@app.command("annotate-seed", **_PLANNING)
+def annotate_seed(
+    seed: Annotated[str, typer.Option(help="JSON or JSON lines of conversations.")],
+    output: Annotated[str, typer.Option(help="JSON lines file for the annotated records.")],
+    vlm_base_url: Annotated[
+        list[str], typer.Option(help="OpenAI-compatible endpoint; repeat it for several of one model.")
+    ],
+    vlm_model: Annotated[str, typer.Option(help="Model to ask for. Default: the one that is served.")] = "",
+    vlm_api_key_env: Annotated[str, typer.Option(help="Environment variable that holds the key.")] = "",
+    vlm_timeout_s: Annotated[float, typer.Option(help="Seconds that one call may take.")] = 120,
+    vlm_concurrency: Annotated[int, typer.Option(min=1, max=1024, help="Records in work at a time.")] = 8,
+    taxonomy: Annotated[str, typer.Option(help=_TAXONOMY_HELP)] = "infinity_mm_normalised",
+) -> None:
+    """Have a model say of each conversation which instruction types it asks for. A second run asks only for what is missing.
+
+    shardmill annotate-seed --seed llava.json --output seed.jsonl --vlm-base-url http://localhost:8000/v1
+    """
+    from beam_pipelines.annotate_seed import annotate_file
+    from synthesis.backends import BackendOptions, find_backend
+    from synthesis.taxonomy import open_taxonomy
+
+    known, target = open_taxonomy(taxonomy), _local(output)
+    wanted = BackendOptions(vlm_base_url, vlm_model, vlm_api_key_env, vlm_timeout_s, allow_text_only=True)
+    with contextlib.closing(find_backend(wanted).backend.open()) as asking:
+        done = annotate_file(_local(seed), target, known, asking, vlm_concurrency, _progress)
+    _say(f"{done.annotated:,} annotated now, {done.known:,} before; {done.dead:,} failed")
+    if done.dead:
+        _say(f"failures: {done.dead_path}; the same command asks for them again")
+    if done.dead and not done.annotated + done.known:
+        raise ShardmillError("no record was annotated")
+    _say(f"next: shardmill fit-planner --seed {output} --output planner/")
+
+
 @app.command(**_UPKEEP)
 def pin(
     path: Annotated[str, typer.Argument(metavar="OUT", help="A run's folder, or OUT@ID.")],
@@ -611,8 +691,10 @@ def run(argv: Sequence[str]) -> int:
         split = command_line.index("--")
         _beam_args[:] = command_line[split + 1 :]
         command_line = command_line[:split]
-        if command_line[:1] != ["curate"]:
-            return _fail("shardmill", "only curate takes Beam's options after `--`", BAD_REQUEST)
+        if command_line[:1] not in (["curate"], ["fit-planner"]):
+            return _fail(
+                "shardmill", "only curate and fit-planner take Beam's options after `--`", BAD_REQUEST
+            )
     else:
         _beam_args.clear()
     name = f"shardmill {command_line[0]}"

@@ -20,6 +20,7 @@ from images.sources.source import Source
 from shards.errors import BadRequest
 from shards.ledger import note_url_epoch
 from shards.snapshot import Snapshot, open_snapshot
+from synthesis.generate import no_examples
 from transforms.against import ReadKept, refuse
 from transforms.commit import Commit
 from transforms.decontaminate import Decontaminate, Decontaminated
@@ -167,6 +168,8 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
         "live": live,
         "synthesised": settled.main
         | "Synthesised" >> beam.Filter(lambda s: s.provenance.generator != "source"),
+        "planned": planned
+        | "PlannedTypes" >> beam.FlatMap(lambda image: [one.instruction_type for one in image.types]),
         "encoders": embedded | "Encoders" >> beam.Map(lambda image: f"{image.encoder} {image.numerics}"),
         "benchmarks": benchmarks,
         "searched": searched,
@@ -237,10 +240,10 @@ def _synthesise(named: beam.PCollection, job: Job) -> tuple[beam.PCollection, Sy
     if synthesis is None:
         nothing = named.pipeline | "NoSynthesis" >> beam.Create([])
         return nothing, Synthesised(nothing, nothing, nothing, nothing)
-    planned = named | "PlanInstructions" >> PlanInstructions(synthesis.planner, job.options.max_samples)
-    made = planned | "Synthesise" >> Synthesise(
-        synthesis.backend, synthesis.method, synthesis.examples, job.progress
-    )
+    planning = job.planning
+    planned = named | "PlanInstructions" >> PlanInstructions(planning.planner, planning.allotment)
+    examples = planning.seeds.examples if planning.seeds else no_examples
+    made = planned | "Synthesise" >> Synthesise(synthesis.backend, synthesis.method, examples, job.progress)
     return planned, made
 
 

@@ -562,6 +562,41 @@ class CurateOptions(BaseModel):
         affects_bytes=False,
         group="Synthesis",
     )
+    taxonomy: str = option(
+        "infinity_mm_normalised",
+        "Instruction types to plan: infinity_mm (as printed, near-synonyms and all), infinity_mm_normalised, or a YAML file.",
+        affects_bytes=False,
+        group="Planning",
+        min_length=1,
+    )
+    planner: str = option(
+        "",
+        "Folder that `shardmill fit-planner` wrote. Default: a table from ImageNet's classes to types.",
+        affects_bytes=False,
+        group="Planning",
+    )
+    types_per_image: int = option(
+        1,
+        "Instruction types that an image is asked for at most.",
+        affects_bytes=True,
+        group="Planning",
+        ge=1,
+        le=16,
+    )
+    quota: list[str] = option(
+        [],
+        "NAME=VALUE: so many questions of a first or second level, a count or a fraction of --max-samples, as OCR=0.2. Repeatable.",
+        affects_bytes=True,
+        group="Planning",
+    )
+    explore: float = option(
+        0.0,
+        "Fraction of images whose best type gives way to one drawn from all others.",
+        affects_bytes=True,
+        group="Planning",
+        ge=0,
+        le=1,
+    )
 
     workers: int = option(
         1,
@@ -580,6 +615,7 @@ class CurateOptions(BaseModel):
             "Synthesis": self.vlm_base_url,
             "Decontamination": self.decontaminate,
             "Geometric copies": self.geometric,
+            "Planning": self.vlm_base_url,
         }
         skipped = {group for group, asked in asked_for.items() if not asked}
         return {
@@ -615,6 +651,8 @@ def _read_config(path: str) -> dict[str, Any]:
 def parse_options(flags: dict[str, Any], config: str = "") -> CurateOptions:
     """Options from flags over YAML over defaults. Raises BadRequest: one line with the field, its value and what is allowed."""
     values = (_read_config(config) if config else {}) | flags
+    if isinstance(values.get("quota"), dict):
+        values["quota"] = [f"{name}={value}" for name, value in values["quota"].items()]
     for name in (name for name, field in CurateOptions.model_fields.items() if field.annotation == list[str]):
         if isinstance(values.get(name), str):
             values[name] = [values[name]]
@@ -636,5 +674,8 @@ def parse_options(flags: dict[str, Any], config: str = "") -> CurateOptions:
             place = f"--config {config}: {name}[{inner[0]}] {'.'.join(inner[1:])}" if inner else name
         given = repr(first["input"])
         raise BadRequest(f"{place} {given if len(given) < 100 else ''}: {first['msg'].lower()}") from error
-    paths = {name: os.path.expanduser(getattr(options, name)) for name in ("image_root", "output", "prompts")}
+    paths = {
+        name: os.path.expanduser(getattr(options, name))
+        for name in ("image_root", "output", "planner", "prompts")
+    }
     return options.model_copy(update=paths)

@@ -52,12 +52,16 @@ from shards.ledger import (
 from shards.snapshot import Destination, StoredPack, open_by_id, open_snapshot, read_current, split_at
 from shards.spool import FOLDER, spooled_uris
 from shards.storage import Storage, rooted, storage_of
+from synthesis.artifact import read_artifact, types_digest
 from synthesis.backends import BackendOptions, find_backend
-from synthesis.generate import Examples, Method, no_examples, parse_forms, prompts_asked
+from synthesis.generate import Method, parse_forms, prompts_asked
 from synthesis.languages import check_language
 from synthesis.limits import Limits, Prices
-from synthesis.planner import LookupPlanner
+from synthesis.planner import LookupPlanner, Planner, load_tag_table
 from synthesis.prompts import load_prompts
+from synthesis.quotas import PPM, Allotment, read_quotas, whole_quotas
+from synthesis.seeds import SeedBank
+from synthesis.taxonomy import BUNDLED, Taxonomy, open_taxonomy
 from transforms.against import KeptPack
 from transforms.calls import Backend
 from transforms.commit import RunFacts
@@ -73,13 +77,11 @@ MAX_GONE = 0.1
 
 
 class Synthesis(NamedTuple):
-    """How conversations are made: by whom, how, of which type, and after which examples. `note` says by whom in words."""
+    """How conversations are made: by whom, and how. `note` says by whom in words."""
 
     backend: Backend
     method: Method
-    planner: LookupPlanner
     note: str
-    examples: Examples = no_examples
 
 
 class Tagging(NamedTuple):
@@ -88,6 +90,19 @@ class Tagging(NamedTuple):
     rule: TagRule
     look: LookRule | None
     told: Sequence[str]
+
+
+class Planning(NamedTuple):
+    """Which types images are asked for, how many of each, and examples of them, where a planner was fitted.
+
+    `affecting` is what of it may change bytes.
+    """
+
+    planner: Planner
+    allotment: Allotment
+    seeds: SeedBank | None
+    taxonomy: Taxonomy
+    affecting: Mapping[str, str]
 
 
 class Job(NamedTuple):
@@ -99,6 +114,7 @@ class Job(NamedTuple):
     to: Destination
     facts: RunFacts
     synthesis: Synthesis | None
+    planning: Planning
     memory: Memory
     search: Search
     align: AlignRule | None
@@ -220,12 +236,44 @@ def prepare_synthesis(
         [segment for storage in ledgers_of(to, options) for segment in Ledger(storage, CallRow).segments()],
         options.vlm_revision,
     )
-    return Synthesis(backend, method, LookupPlanner(), found.note)
+    return Synthesis(backend, method, found.note)
+
+
+def prepare_planning(options: CurateOptions) -> Planning:
+    """The planner, and what it may plan. Raises BadRequest."""
+    taxonomy = open_taxonomy(options.taxonomy)
+    name = options.taxonomy if options.taxonomy in BUNDLED else types_digest(taxonomy)
+    affecting = {"taxonomy": name}
+    planner: Planner
+    seeds = None
+    if options.planner:
+        fitted = read_artifact(options.planner)
+        if fitted.types_sha256 != types_digest(taxonomy):
+            raise BadRequest(
+                f"--planner {options.planner}: was fitted to the types of {fitted.taxonomy}; give --taxonomy {fitted.taxonomy}"
+            )
+        planner, seeds = fitted.planner, fitted.seeds
+        affecting["planner"] = fitted.planner.artifact_hash
+    else:
+        try:
+            planner = LookupPlanner(load_tag_table(taxonomy))
+        except BadRequest as error:
+            raise BadRequest(
+                f"--taxonomy {options.taxonomy}: the table that plans without --planner knows the types of Infinity-MM alone ({error});"
+                " give --planner, fitted with this taxonomy"
+            ) from error
+    quotas = read_quotas(options.quota, taxonomy, options.max_samples)
+    rest = None
+    if options.max_samples is not None:
+        rest = options.max_samples - sum(quota.slots for quota in quotas)
+    allotment = Allotment(quotas, rest, options.types_per_image, round(options.explore * PPM))
+    return Planning(planner, allotment, seeds, taxonomy, affecting)
 
 
 def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
     """Check a whole request before anything is written. Raises BadRequest."""
     parse_expressions(options.filter)
+    planning = prepare_planning(options)
     pipeline_options = beam_options(beam_args, options.workers)
     FileSystems.set_options(pipeline_options)  # endpoints and credentials of buckets
     sources = find_sources(options)
@@ -271,10 +319,12 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
         sees_images = synthesis.backend.max_pixels is not None
         asked = prompts_asked(synthesis.method, sees_images, options.judge_existing)
         affecting["prompts"] = [synthesis.method.prompts[name].prompt_id for name in asked]
+        affecting |= planning.affecting
     metrics = {
         "sources": [source._asdict() for source in sources],
         "benchmarks": [source._asdict() for source in benchmarks],
         "images": len(origins),
+        "quotas": whole_quotas(planning.allotment.quotas),
     }
     facts = RunFacts(base_id, affecting, metrics)
     progress = str(to.storage.scratch_path(to.token) / "progress") if is_local(pipeline_options) else ""
@@ -285,6 +335,7 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
         to=to,
         facts=facts,
         synthesis=synthesis,
+        planning=planning,
         memory=memory,
         search=search,
         align=align,
@@ -438,7 +489,9 @@ def plan_text(prepared: Prepared) -> str:
     synthesis = "none (no --vlm-base-url)"
     if job.synthesis is not None:
         sight = "sends images" if job.synthesis.backend.max_pixels else "text only: tags and captions"
-        synthesis = f"{job.synthesis.note}, {sight}"
+        table = job.planning.affecting.get("planner", "")[:12]
+        planned = f"planner {table}" if table else "planned by table"
+        synthesis = f"{job.synthesis.note}, {sight}, {planned}"
     less = f"; {gone} of the snapshot in force are not among them" if gone else ""
     beside = passed_over(job.sources)
     note = f"\n{beside}" if beside else ""

@@ -65,6 +65,7 @@ def write_report(path: str, output: str = "") -> str:
             cards=make_cards(snapshot, survey.subjects, pictures),
             filtered=_filtered(snapshot),
             failures=_failures(snapshot, metrics),
+            plan=_plan_rows(metrics),
             options=_option_rows(manifest.options),
             files=manifest.files(),
             kinds=KINDS,
@@ -98,6 +99,26 @@ def _failures(snapshot: Snapshot, metrics: Mapping[str, Any]) -> list[Failure]:
     return [
         Failure(stage, code, letters, meaning_of(code), examples.get(f"{stage}/{code}", []))
         for (stage, code), letters in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    ]
+
+
+class PlanRow(NamedTuple):
+    """How many questions of a first or second level were asked for by quota (None without one), planned and written."""
+
+    group: str
+    is_first: bool
+    quota: int | None
+    planned: int
+    realised: int
+
+
+def _plan_rows(metrics: Mapping[str, Any]) -> list[PlanRow]:
+    """First levels with their second levels below them, by name; from metrics.json."""
+    plan, quotas = metrics.get("plan", {}), metrics.get("quotas", {})
+    nothing = {"planned": 0, "realised": 0}
+    return [
+        PlanRow(group.split("/")[-1], "/" not in group, quotas.get(group), **plan.get(group, nothing))
+        for group in sorted({*plan, *quotas}, key=lambda group: group.split("/"))
     ]
 
 

@@ -18,7 +18,7 @@ from shards.snapshot import CURRENT, Snapshot
 from shards.storage import STAGING, is_remote, rooted, storage_of
 from transforms.read import take_samples
 
-INPUT, PROTECTED = "--input", "--decontaminate"
+INPUT, PROTECTED, SEED = "--input", "--decontaminate", "--seed"
 _NAMED = re.compile(r"([A-Za-z][A-Za-z0-9_-]*)=(.+)", re.DOTALL)
 _PROBED_SAMPLES, _PROBED_REMOTE = 100, 8
 _CALLED = {
@@ -127,6 +127,17 @@ def find_benchmarks(texts: Sequence[str]) -> list[Source]:
             )
         sources.append(_source(PROTECTED, number, SourceOptions(path=named[2], name=named[1])))
     return sources
+
+
+def find_seed(path: str, image_root: str, pictures: bool) -> Source:
+    """The source of --seed. Raises BadRequest as `find_sources` does; without `pictures` its images need not be there."""
+    if image_root:
+        check_root(image_root)
+    wanted = SourceOptions(path=path, name="seed", image_root=image_root)
+    if pictures:
+        return _source(SEED, 0, wanted)
+    located, folder, source_format = locate(f"{SEED} {path}", path, "auto")
+    return Source(0, "seed", located, source_format, folder, rooted(image_root) if image_root else folder)
 
 
 def count_protected(benchmarks: Sequence[Source]) -> dict[str, int]:

@@ -1,11 +1,11 @@
-"""The planner: which kind of question suits an image, argued from its tags."""
+"""Planners: which kinds of question suit an image, argued from its tags."""
 
 import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from shards.errors import BadRequest
 from shards.records import PlannedType, Tag
@@ -23,10 +23,37 @@ class TagTable(NamedTuple):
 
     def types_of(self, tag_name: str) -> frozenset[str]:
         """Types that a tag argues for; none for a tag the table does not know. Names count up to their first comma."""
-        name = tag_name.split(",")[0].strip().lower()
+        name = tag_key(tag_name)
         if name in self.by_name:
             return self.by_name[name]
         return frozenset().union(*(self.by_word.get(word, frozenset()) for word in re.findall(r"\w+", name)))
+
+
+class Planner(Protocol):
+    """What plans: a function of an image's id and its set of tags alone, in integers."""
+
+    @property
+    def types(self) -> Sequence[str]:
+        """Every type that can be planned."""
+
+    def plan(self, image_id: bytes, tags: Sequence[Tag]) -> list[PlannedType]:
+        """The types that an image's tags argue for, best first; one of score 0 where they argue for none."""
+
+
+def tag_key(name: str) -> str:
+    """What a tag is looked up by: its name up to the first comma, in lower case. ImageNet's names go on with synonyms there."""
+    return " ".join(name.split(",")[0].split()).lower()
+
+
+def tie_key(image_id: bytes, instruction_type: str) -> bytes:
+    """sha256(image_id, type): what decides between equal scores, of types for an image and of images for a type."""
+    return hashlib.sha256(image_id + instruction_type.encode()).digest()
+
+
+def ranked(image_id: bytes, planned: Iterable[tuple[int, PlannedType]]) -> list[PlannedType]:
+    """Types by their exact score, greatest first, ties by `tie_key`."""
+    by_rank = sorted(planned, key=lambda item: (-item[0], tie_key(image_id, item[1].instruction_type)))
+    return [one for _, one in by_rank]
 
 
 class LookupPlanner:
@@ -35,8 +62,14 @@ class LookupPlanner:
     def __init__(self, table: TagTable | None = None) -> None:
         self.table = table or load_tag_table(load_taxonomy())
 
-    def plan(self, image_id: bytes, tags: Sequence[Tag]) -> PlannedType:
-        """The type with the greatest sum of the scores of the tags that argue for it.
+    @property
+    def types(self) -> tuple[str, ...]:
+        """Every type that the table names."""
+        named = set(self.table.default).union(*self.table.by_name.values(), *self.table.by_word.values())
+        return tuple(sorted(named))
+
+    def plan(self, image_id: bytes, tags: Sequence[Tag]) -> list[PlannedType]:
+        """Every type that a tag argues for, the greatest sum of their scores first.
 
         An image whose tags argue for nothing gets one of the default types with score 0. sha256(image_id, type) breaks ties, so
         that images with the same tags are not all asked the same.
@@ -46,12 +79,14 @@ class LookupPlanner:
             if tag.score_milli > 0:
                 for instruction_type in self.table.types_of(tag.name):
                     arguing[instruction_type].append(tag)
-        scores = {name: sum(tag.score_milli for tag in found) for name, found in arguing.items()}
-        best = max(scores.values(), default=0)
-        tied = [name for name, score in scores.items() if score == best] or self.table.default
-        chosen = min(tied, key=lambda name: hashlib.sha256(image_id + name.encode()).digest())
-        argued_by = sorted(arguing.get(chosen, []), key=lambda tag: (-tag.score_milli, tag.name))
-        return PlannedType(chosen, [tag.name for tag in argued_by], best)
+        if not arguing:
+            return [PlannedType(min(self.table.default, key=lambda name: tie_key(image_id, name)), [], 0)]
+        planned = []
+        for name, found in arguing.items():
+            by = [tag.name for tag in sorted(found, key=lambda tag: (-tag.score_milli, tag.name))]
+            score = sum(tag.score_milli for tag in found)
+            planned.append((score, PlannedType(name, by, score)))
+        return ranked(image_id, planned)
 
 
 def load_tag_table(taxonomy: Taxonomy, path: Path | None = None) -> TagTable:

@@ -1,32 +1,84 @@
 """Instruction taxonomies: what can be asked of an image, in three levels."""
 
 import difflib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
 from shards.errors import BadRequest
 
-INFINITY_MM = Path(__file__).parent / "data" / "infinity_mm.yaml"
+DATA = Path(__file__).parent / "data"
+INFINITY_MM = DATA / "infinity_mm.yaml"
+BUNDLED = ("infinity_mm", "infinity_mm_normalised")
 DIRECT = ["direct"]
+Level = Literal["leaf", "second", "first"]
 
 
 class Taxonomy(NamedTuple):
     """Instruction types in the order of their file, as `First/Second/Leaf`, or `First/Second` where the second level is `[direct]`.
 
-    First and second levels hold no slash; a leaf may.
+    First and second levels hold no slash; a leaf may. `aliases` lead from other whole names to types.
     """
 
     types: tuple[str, ...]
+    aliases: Mapping[str, str] = {}
 
     def check(self, instruction_type: str) -> str:
-        """The type itself. Raises BadRequest, with the nearest known type, if the taxonomy has no such type."""
-        if instruction_type not in self.types:
+        """The type itself, or the one that an alias stands for. Raises BadRequest, with the nearest known type, where there is none."""
+        found = self.aliases.get(instruction_type, instruction_type)
+        if found not in self.types:
             close = difflib.get_close_matches(instruction_type, self.types, n=1, cutoff=0.5)
             hint = f"; did you mean '{close[0]}'?" if close else f"; for example '{self.types[0]}'"
             raise BadRequest(f"instruction type: '{instruction_type}' is not in the taxonomy{hint}")
-        return instruction_type
+        return found
+
+    def named(self, name: str) -> str:
+        """The type of a whole name or alias, or of a leaf alone, or `Second/Leaf`, whatever the case.
+
+        Raises BadRequest where there is none, or where the name is short and several types go by it.
+        """
+        given = " ".join(name.split())
+        if given in self.types or given in self.aliases:
+            return self.check(given)
+        wanted = given.casefold()
+        whole = {full.casefold(): full for full in (*self.types, *self.aliases)}
+        found = {
+            self.check(full)
+            for full in whole.values()
+            if wanted in (full.casefold(), *_short_names(full.casefold()))
+        }
+        if len(found) > 1:
+            raise BadRequest(
+                f"instruction type: '{name}' could be {' or '.join(map(repr, sorted(found)))}; give the whole name"
+            )
+        return found.pop() if found else self.check(given)
+
+    def group(self, name: str) -> str:
+        """A first level, or `First/Second`, of its own name, or of a second level's alone. Raises BadRequest where there is none."""
+        groups = dict.fromkeys(group for full in self.types for group in groups_of(full))
+        found = [group for group in groups if name in (group, group.split("/")[-1])]
+        if name in found:
+            return name
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise BadRequest(f"'{name}' could be {' or '.join(map(repr, found))}; give the whole name")
+        close = difflib.get_close_matches(name, groups, n=1, cutoff=0.4)
+        hint = f"did you mean '{close[0]}'?" if close else f"there are: {', '.join(_firsts(groups))}"
+        raise BadRequest(f"'{name}' is no first or second level of the taxonomy; {hint}")
+
+
+def _firsts(groups: Iterable[str]) -> list[str]:
+    return [group for group in groups if "/" not in group]
+
+
+def _short_names(full: str) -> tuple[str, ...]:
+    if "/" not in full:  # an alias may be any words
+        return ()
+    first, second, leaf = levels_of(full)
+    return (leaf,) if full == f"{first}/{second}" else (leaf, f"{second}/{leaf}")
 
 
 def levels_of(instruction_type: str) -> tuple[str, str, str]:
@@ -35,15 +87,67 @@ def levels_of(instruction_type: str) -> tuple[str, str, str]:
     return first, second, leaf[0] if leaf else second
 
 
+def groups_of(instruction_type: str) -> tuple[str, str]:
+    """The first level of a type, and `First/Second`."""
+    first, second, _ = levels_of(instruction_type)
+    return first, f"{first}/{second}"
+
+
+def at_level(instruction_type: str, level: Level) -> str:
+    """A type as a level sees it: itself, its `First/Second` or its first level."""
+    first, second = groups_of(instruction_type)
+    return {"leaf": instruction_type, "second": second, "first": first}[level]
+
+
+def open_taxonomy(named: str) -> Taxonomy:
+    """The taxonomy of --taxonomy: a bundled one by name, or a YAML file. Raises BadRequest."""
+    if named in BUNDLED:
+        return load_taxonomy(DATA / f"{named}.yaml")
+    path = Path(named).expanduser()
+    if not path.is_file() and path.suffix not in (".yaml", ".yml"):
+        close = difflib.get_close_matches(named, BUNDLED, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"give {', '.join(BUNDLED)} or a YAML file"
+        raise BadRequest(f"--taxonomy {named}: no such taxonomy; {hint}")
+    try:
+        return load_taxonomy(path)
+    except BadRequest as error:
+        raise BadRequest(f"--taxonomy {error}") from None
+
+
 def load_taxonomy(path: Path | None = None) -> Taxonomy:
-    """Read a taxonomy, by default that of Infinity-MM. Raises BadRequest naming the entry that has the wrong shape."""
+    """Read a taxonomy, by default that of Infinity-MM as printed. Raises BadRequest naming the entry that has the wrong shape.
+
+    A file is the tree of three levels, or holds it as `types` beside `aliases`: for a type a list of other whole names.
+    """
     path = path or INFINITY_MM
-    tree = _mapping(path, "the file", read_yaml(path))
+    tree: Any = read_yaml(path)
+    aliases: Any = {}
+    if isinstance(tree, dict) and "types" in tree and tree.keys() <= {"types", "aliases"}:
+        tree, aliases = tree["types"], tree.get("aliases") or {}
     types: list[str] = []
-    for first, seconds in tree.items():
+    for first, seconds in _mapping(path, "the file", tree).items():
         for second, leaves in _mapping(path, f"'{first}'", seconds).items():
             types += [f"{first}/{second}{leaf}" for leaf in _leaves(path, f"{first}/{second}", leaves)]
-    return Taxonomy(tuple(types))
+    return Taxonomy(tuple(types), _aliases(path, types, aliases))
+
+
+def _aliases(path: Path, types: list[str], given: Any) -> dict[str, str]:
+    if not isinstance(given, dict):
+        raise BadRequest(f"{path}: 'aliases' must map types to lists of other names, not {_shape(given)}")
+    aliases: dict[str, str] = {}
+    for target, names in given.items():
+        if target not in types:
+            close = difflib.get_close_matches(str(target), types, n=1, cutoff=0.5)
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            raise BadRequest(f"{path}: 'aliases': '{target}' is not one of the types{hint}")
+        if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
+            raise BadRequest(f"{path}: 'aliases': '{target}' must have a list of names")
+        for name in names:
+            if name in types or name in aliases:
+                what = "is a type itself" if name in types else f"stands for '{aliases[name]}' already"
+                raise BadRequest(f"{path}: 'aliases': '{name}' {what}")
+            aliases[name] = target
+    return aliases
 
 
 def read_yaml(path: Path) -> Any:

@@ -13,8 +13,9 @@ from apache_beam.pvalue import AsIter, AsSingleton
 from apache_beam.typehints.decorators import no_annotations
 
 from embeddings.contamination import BenchmarkCounts
-from shards.records import DeadLetter, Decision, ShardFile
+from shards.records import DeadLetter, Decision, Sample, ShardFile
 from shards.snapshot import KINDS, Destination, Manifest, commit, funnel_of, snapshot_id_of
+from synthesis.taxonomy import groups_of
 
 MESSAGES_PER_CODE = 5
 _VERSIONED = ("shardmill", "apache-beam", "pyarrow", "pillow", "torch", "timm", "numpy")
@@ -132,11 +133,23 @@ def questions_told(counts: Mapping[str, int], earlier: Mapping[str, Any]) -> dic
     return {**earlier, **found}
 
 
+def plan_by_level(planned: Mapping[str, int], realised: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """By first level and `First/Second`: slots that were planned, and synthesised samples that were written."""
+    table: dict[str, dict[str, int]] = {}
+    for column, counts in (("planned", planned), ("realised", realised)):
+        for name, count in counts.items():
+            for group in dict.fromkeys(groups_of(name)):
+                row = table.setdefault(group, {"planned": 0, "realised": 0})
+                row[column] += count
+    return table
+
+
 def _metrics_json(
     manifest: Manifest,
     messages: Iterable[tuple[str, list[DeadLetter]]],
     searched: Sequence[str],
     questions: Mapping[str, Any],
+    plan: Mapping[str, Any],
     facts: RunFacts,
 ) -> bytes:
     failures = {
@@ -154,9 +167,15 @@ def _metrics_json(
         "failures": failures,
         "searched": searched,
         "questions": questions,
+        "plan": plan,
         **facts.metrics,
     }
     return json.dumps(body, sort_keys=True, indent=1).encode() + b"\n"
+
+
+def _kept_types(sample: Sample) -> list[str]:
+    """Instruction types of the questions in a conversation that a model wrote."""
+    return [asked.instruction_type for asked in sample.provenance.questions if asked.code == "kept"]
 
 
 class _Commit(beam.DoFn):
@@ -178,6 +197,8 @@ class _Commit(beam.DoFn):
         benchmarks: Iterable[BenchmarkCounts],
         searched: Iterable[str],
         questions: Iterable[tuple[str, int]],
+        planned: Iterable[tuple[str, int]],
+        realised: Iterable[tuple[str, int]],
     ) -> Iterable[str]:
         inputs = {"image": image_inputs, "sample": sample_inputs, "conversation": conversations}
         unnamed = build_manifest(
@@ -187,7 +208,8 @@ class _Commit(beam.DoFn):
         named = unnamed._replace(snapshot_id=snapshot_id_of(unnamed))
         earlier = json.loads(self._to.storage.read_if_there("metrics.json") or "{}").get("questions", {})
         asked = questions_told(dict(questions), earlier)
-        metrics = _metrics_json(named, messages, sorted(searched), asked, self._facts)
+        plan = plan_by_level(dict(planned), dict(realised))
+        metrics = _metrics_json(named, messages, sorted(searched), asked, plan, self._facts)
         manifest = commit(self._to, self._facts.base, unnamed)
         self._to.storage.write("metrics.json", metrics)
         yield manifest.snapshot_id
@@ -195,10 +217,10 @@ class _Commit(beam.DoFn):
 
 @dataclass
 class Commit(beam.PTransform):
-    """{files, decisions, dead, images, samples, conversations, live, synthesised, encoders, benchmarks, searched, questions} -> the snapshot's id.
+    """{files, decisions, dead, images, samples, conversations, live, synthesised, planned, encoders, benchmarks, searched, questions} -> the snapshot's id.
 
     `searched` says how duplicates were looked for. `images` and `samples` are the run's input, one element each, `conversations` those that were planned;
-    they are only counted, as is `synthesised`. `questions` are `FUSE_CALLS CODE SCORE` of planned questions. Everything meets in
+    they are only counted, as is `synthesised`; `planned` are the types they were planned for. `questions` are `FUSE_CALLS CODE SCORE` of planned questions. Everything meets in
     one DoFn as side inputs: file names and counts, never rows.
     """
 
@@ -221,6 +243,9 @@ class Commit(beam.PTransform):
             >> beam.Map(lambda d: (f"{d.stage}/{d.code}", d)).with_output_types(tuple[str, DeadLetter])
             | "FewPerCode" >> beam.combiners.Top.SmallestPerKey(MESSAGES_PER_CODE)
         )
+        realised = inputs["synthesised"] | "TypesOfSamples" >> beam.FlatMap(_kept_types).with_output_types(
+            str
+        )
         encoders = inputs["encoders"] | "DistinctEncoders" >> beam.Distinct()
         return (
             inputs["files"].pipeline
@@ -240,5 +265,7 @@ class Commit(beam.PTransform):
                 benchmarks=AsIter(inputs["benchmarks"]),
                 searched=AsIter(inputs["searched"]),
                 questions=AsIter(inputs["questions"] | "CountQuestions" >> beam.combiners.Count.PerElement()),
+                planned=AsIter(inputs["planned"] | "CountPlanned" >> beam.combiners.Count.PerElement()),
+                realised=AsIter(realised | "CountRealised" >> beam.combiners.Count.PerElement()),
             ).with_output_types(str)
         )

@@ -198,6 +198,7 @@ def run(out: Path, folder: Path, runner: str) -> Snapshot:
             "samples": rows["samples"],
             "live": images | "Ids" >> beam.Map(lambda image: image.image_id).with_output_types(bytes),
             "synthesised": nothing,
+            "planned": nothing,
             "encoders": pipeline | "Encoders" >> beam.Create(["e n"]),
             "benchmarks": nothing,
             "searched": nothing,

@@ -28,6 +28,10 @@ NAMES = [
 TAGS = st.lists(st.builds(Tag, st.sampled_from(NAMES), st.integers(0, 1000)), max_size=6)
 
 
+def best_of(image_id: bytes, tags: list[Tag]) -> PlannedType:
+    return PLANNER.plan(image_id, tags)[0]
+
+
 def plan_by_hand(image_id: bytes, tags: list[Tag]) -> PlannedType:
     """The same answer from the definition: every type of the taxonomy, every tag, no index."""
     table, best = PLANNER.table, PlannedType("", [], 0)
@@ -50,26 +54,24 @@ def rank(image_id: bytes, name: str) -> str:
 @settings(deadline=None, max_examples=50)  # A deadline would measure the machine's load.
 @given(image_id=st.binary(min_size=32, max_size=32), tags=TAGS, order=st.randoms(use_true_random=False))
 def test_plan_is_the_definition_in_any_order(image_id: bytes, tags: list[Tag], order: object) -> None:
-    plan = PLANNER.plan(image_id, tags)
+    plan = best_of(image_id, tags)
     order.shuffle(tags)  # type: ignore[attr-defined]
-    assert PLANNER.plan(image_id, tags) == plan == plan_by_hand(image_id, tags)
+    assert best_of(image_id, tags) == plan == plan_by_hand(image_id, tags)
 
 
 def test_scores_add_up_over_the_tags_that_argue() -> None:
-    plan = PLANNER.plan(
-        b"x" * 32, [Tag("kit fox", 300), Tag("red fox, Vulpes vulpes", 500), Tag("espresso", 700)]
-    )
+    plan = best_of(b"x" * 32, [Tag("kit fox", 300), Tag("red fox, Vulpes vulpes", 500), Tag("espresso", 700)])
     assert plan.argued_by == ["red fox, Vulpes vulpes", "kit fox"] and plan.score_milli == 800
 
 
 def test_images_with_the_same_tags_are_asked_different_things() -> None:
-    types = {PLANNER.plan(bytes([i]) * 32, [Tag("red fox", 900)]).instruction_type for i in range(40)}
+    types = {best_of(bytes([i]) * 32, [Tag("red fox", 900)]).instruction_type for i in range(40)}
     assert len(types) > 3
 
 
 def test_default_types_where_no_tag_argues() -> None:
     for tags in ([], [Tag("no such thing", 900)], [Tag("red fox", 0)]):
-        plan = PLANNER.plan(b"y" * 32, tags)
+        plan = best_of(b"y" * 32, tags)
         assert plan.instruction_type in PLANNER.table.default and plan[1:] == ([], 0)
 
 
@@ -116,7 +118,7 @@ def test_every_imagenet_class_argues_for_something() -> None:
 
 def test_planner_pickles() -> None:
     again = pickle.loads(pickle.dumps(PLANNER))
-    assert again.plan(b"z" * 32, [Tag("zebra", 1)]) == PLANNER.plan(b"z" * 32, [Tag("zebra", 1)])
+    assert again.plan(b"z" * 32, [Tag("zebra", 1)])[0] == best_of(b"z" * 32, [Tag("zebra", 1)])
 
 
 @pytest.mark.parametrize(

@@ -510,7 +510,7 @@ def test_transforms_survive_pickling() -> None:
     ):
         again = pickle.loads(pickle.dumps(transform))
         assert type(again) is type(transform) and again.__dict__ == transform.__dict__
-    planner = pickle.loads(pickle.dumps(PlanInstructions(LookupPlanner(), 3))).planner
+    planner = pickle.loads(pickle.dumps(PlanInstructions(LookupPlanner()))).planner
     assert planner.plan(b"i", [Tag("espresso", 900)]) == LookupPlanner().plan(b"i", [Tag("espresso", 900)])
 
 
