@@ -1,6 +1,6 @@
 """What asking a model costs besides the model: the limit on requests kept busy, CPU a call, and looking up what was asked before.
 
-python -m benchmarks.synthesis [--calls 3000] [--rows 1000000]
+python -m benchmarks.synthesis [--calls 1500] [--rows 1000000]
 """
 
 import argparse
@@ -53,7 +53,9 @@ def _reply() -> bytes:
     message = {"role": "assistant", "content": ANSWER}
     usage = {"prompt_tokens": 900, "completion_tokens": 60, "total_tokens": 960}
     body = json.dumps({"id": "1", "choices": [{"index": 0, "message": message}], "usage": usage}).encode()
-    return b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    return (
+        b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    )
 
 
 _REPLY = _reply()
@@ -162,7 +164,7 @@ def write_calls(folder: str, rows: int) -> None:
 def main() -> None:
     """Prints Markdown tables."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--calls", type=int, default=3000)
+    parser.add_argument("--calls", type=int, default=1500)
     parser.add_argument("--rows", type=int, default=1_000_000)
     arguments = parser.parse_args()
     print(describe("httpx", "orjson", "tenacity", "pyarrow"))
