@@ -4,6 +4,7 @@ Signs, not proof: what is found is noted with the sample, and dropped where `--d
 is not known here; of it only what it makes a model say gives it away.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 
@@ -29,6 +30,17 @@ _LEFT_THE_TASK = re.compile(
 )
 
 
+@functools.lru_cache(maxsize=64)
+def _runs_of_prompt(prompt: str) -> frozenset[str]:
+    return _runs(plain_words(prompt))
+
+
+def _runs(words: str) -> frozenset[str]:
+    """All runs of so many words in a row."""
+    parts = words.split()
+    return frozenset(" ".join(parts[at : at + _QUOTED_WORDS]) for at in range(len(parts) - _QUOTED_WORDS + 1))
+
+
 def suspicion(texts: Sequence[str], prompt: str, material: Sequence[str]) -> str:
     """Why texts that a model wrote are suspect; empty if nothing hints at it. `prompt` is our own words to it, without `material`.
 
@@ -41,10 +53,7 @@ def suspicion(texts: Sequence[str], prompt: str, material: Sequence[str]) -> str
             said = plain_words(order[1])
             if said and any(f" {said} " in words for words in written):
                 return "obeys"
-    words = plain_words(prompt).split()
-    runs = {" ".join(words[at : at + _QUOTED_WORDS]) for at in range(len(words) - _QUOTED_WORDS + 1)}
-    for one in written:
-        own = one.split()
-        if any(" ".join(own[at : at + _QUOTED_WORDS]) in runs for at in range(len(own) - _QUOTED_WORDS + 1)):
-            return "quotes_prompt"
+    ours = _runs_of_prompt(prompt)
+    if any(not ours.isdisjoint(_runs(words)) for words in written):
+        return "quotes_prompt"
     return "leaves_task" if any(_LEFT_THE_TASK.search(text) for text in texts) else ""

@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import threading
 from typing import Any
 
 from shards.errors import BadRequest
@@ -9,6 +10,7 @@ from shards.errors import BadRequest
 MIN_CONFIDENCE = 0.6
 """Below it no language is named. Measured: "drawing of a yellow duck" .82, "Una taza de cafe sobre la mesa" .54, "A cup of espresso" .20 (wrong)."""
 AUTO = "auto"
+_LOADING = threading.Lock()  # a cache alone lets every thread that finds it empty load for a second
 NAMES = {
     code: name
     for code, _, name in (
@@ -101,7 +103,9 @@ def language_of(text: str) -> str:
     """The code of a text's language; empty where that is not clear, as of few words. Gives the same for the same text."""
     if not any(char.isalpha() for char in text):
         return ""
-    language, confidence = _identifier().classify(text)
+    with _LOADING:
+        identifier = _identifier()
+    language, confidence = identifier.classify(text)
     return str(language) if confidence >= MIN_CONFIDENCE else ""
 
 

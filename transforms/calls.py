@@ -113,13 +113,14 @@ class _Answered(NamedTuple):
 class _Call(beam.DoFn):
     """Yields the failures alone: the answers are in the ledger, and are there before a bundle ends."""
 
-    def __init__(self, chain: Chain, backend: Backend, progress: str) -> None:
-        self._chain, self._backend, self._progress_folder = chain, backend, progress
+    def __init__(self, chain: Chain, backend: Backend, progress: str, activity: str) -> None:
+        self._chain, self._backend = chain, backend
+        self._progress_folder, self._activity = progress, activity
 
     def setup(self) -> None:
         self._callers = ThreadPoolExecutor(self._backend.concurrency)
         self._pool = decoders_of(self._backend.reach)
-        self._progress = ProgressFile(self._progress_folder, "conversations")
+        self._progress = ProgressFile(self._progress_folder, self._activity)
         self._rows = Ledger(self._backend.to.storage, CallRow).writer(self._backend.to.token, CALL_FLUSH_ROWS)
         self._at_work: set[Future[_Answered]] = set()
 
@@ -214,6 +215,7 @@ class AskModel(beam.PTransform):
     record: Any
     tags: Sequence[str] = field(default_factory=list)
     progress: str = ""
+    activity: str = "conversations"
 
     @no_annotations
     def expand(self, items: beam.PCollection) -> Any:
@@ -225,7 +227,7 @@ class AskModel(beam.PTransform):
             }
             | "JoinCalls" >> beam.CoGroupByKey()
             | "Call"
-            >> beam.ParDo(_Call(self.chain, self.backend, self.progress)).with_output_types(
+            >> beam.ParDo(_Call(self.chain, self.backend, self.progress, self.activity)).with_output_types(
                 beam.typehints.Tuple[bytes, Failure]
             )
         )

@@ -111,7 +111,13 @@ class JudgeExisting(beam.PTransform):
             | "ToJudge" >> beam.FlatMap(_joined).with_output_types(beam.typehints.Tuple[bytes, Judged])
             | "AskModel"
             >> AskModel(
-                JudgeConversation(self.method), self.backend, Judged, Sample, [DECISIONS, DEAD], self.progress
+                JudgeConversation(self.method),
+                self.backend,
+                Judged,
+                Sample,
+                [DECISIONS, DEAD],
+                self.progress,
+                "judged",
             )
         )
         through = (silent, judged.main) | "Through" >> beam.Flatten()

@@ -31,6 +31,7 @@ from shards.records import (
     MediaRef,
     NamedImage,
     Origin,
+    Provenance,
     Sample,
     ShardFile,
     SourceImage,
@@ -460,6 +461,26 @@ def test_samples_of_void_images_die() -> None:
         assert_that(settled.main | beam.Map(lambda s: s.sample_id), equal_to([good.sample_id]), "main")
         fates = settled.decisions | "f" >> beam.Map(lambda d: (d.offset, d.fate, d.code))
         assert_that(fates, equal_to([(0, "kept", "kept"), (1, "dead", "image_source_changed")]), "fates")
+
+
+def test_a_written_conversation_has_its_row_by_its_image() -> None:
+    good, gone = (
+        resolve_sample(sample_of([n], number=i), [fate(n)], "merge", "drop")._replace(
+            provenance=Provenance("vlm", "m", [], [])
+        )
+        for i, n in enumerate("ab")
+    )
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        void = pipeline | "v" >> beam.Create([image_id_of(b"b")])
+        settled = {"samples": pipeline | beam.Create([good, gone]), "void": void} | SettleSamples()
+        rows = settled.decisions | "f" >> beam.Map(lambda d: (d.unit, d.fate, d.code, d.id, d.other_id))
+        one, other = image_id_of(b"a"), image_id_of(b"b")
+        kept = ("conversation", "kept", "kept", one, good.sample_id)
+        assert_that(
+            rows, equal_to([kept, ("conversation", "dead", "image_source_changed", other, other)]), "rows"
+        )
+        dead = settled.dead | "d" >> beam.Map(lambda letter: letter.code)
+        assert_that(dead, equal_to(["image_source_changed"]), "dead")
 
 
 def test_a_snapshot_is_another_one_where_other_images_were_protected() -> None:
