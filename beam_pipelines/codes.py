@@ -94,10 +94,17 @@ CODES: Mapping[str, str] = {
     "vlm_server_error": "The server failed at the request, each time.",
     "vlm_refused": "The server refused the request; asking again would not help.",
     "vlm_bad_response": "What the server sent is no chat completion.",
+    "vlm_out_of_memory": "The model in this process had no room for the request, alone.",
     "vlm_empty": "The model answered with nothing.",
     "vlm_no_evidence": "The model sees no images, and there was neither a tag nor a caption to tell it.",
     "vlm_bad_question": "What the model wrote is not one question of its own words.",
     "vlm_bad_answer": "What the model wrote says nothing, too much, or only the question again.",
+    "high_loss": "The model of --loss-model finds its answers less likely than --loss-drop lets stay.",
+    "loss_bad_images": "Its conversation names another number of images than it has, so that no loss can be had.",
+    "loss_bad_turns": "The chat template of --loss-model does not take its turns.",
+    "loss_too_long": "It has more tokens than --loss-model can take.",
+    "loss_failed": "The model of --loss-model fails at it, alone, and not at others.",
+    "loss_not_finite": "The model of --loss-model gives it a loss that is no number.",
 }
 """One plain sentence per code."""
 
@@ -121,6 +128,7 @@ _COMPARISONS: Mapping[str, str] = {
     "small_side": "shorter side {0:,.0f} px < {1:,.0f}",
     "few_pixels": "{0:,.0f} pixels < {1:,.0f}",
     "extreme_aspect": "aspect {0:.3f} > {1:g}",
+    "high_loss": "loss {0:.3f} nats a token > {1:.3f}",
     "near_blank": "flat {0:.6g} > {1:g}",
     "low_entropy": "entropy {0:.3f} bits < {1:g}",
     "blurred": "sharpness {0:.3f} < {1:g}",

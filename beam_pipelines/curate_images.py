@@ -25,8 +25,10 @@ from transforms.commit import Commit
 from transforms.decontaminate import Decontaminate, Decontaminated
 from transforms.deduplicate import CollapseSameBytes, FindNearDuplicates
 from transforms.embed import DistinctReferences, EmbedImages, Reading
+from transforms.fates import Outcome
 from transforms.filter import FilterImages
 from transforms.limit import LimitErrors
+from transforms.losses import FilterLosses, LossRule
 from transforms.plan import PlanInstructions
 from transforms.read import ReadSamples
 from transforms.recall import Known, RecallImages
@@ -82,9 +84,11 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
     unused = (looked_at.decisions, filtered, contaminated) | "Unused" >> beam.Flatten()
     unused_fates = unused | "UnusedImages" >> beam.Map(fate_of_unused)
     all_fates = (fates, unused_fates) | "AllFates" >> beam.Flatten()
-    collected, unresolved = {"samples": read.main, "fates": all_fates} | "ResolveSamples" >> ResolveSamples(
+    resolved, unresolved = {"samples": read.main, "fates": all_fates} | "ResolveSamples" >> ResolveSamples(
         options.on_duplicate, options.on_missing_image
     )
+    likely = _filter_losses(resolved, kept, job, "FilterCollected", options.loss_existing)
+    collected = likely.main
     stored = references.pipeline | "ReadStored" >> ReadStored(job.to.out, job.stored)
     named, new = {"kept": kept, "samples": collected, "stored": stored} | "NameImages" >> NameImages()
 
@@ -100,7 +104,8 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
         "failures": failed_calls | "CodesOfCalls" >> code_of,
         "inputs": (made, failed_calls) | "Calls" >> beam.Flatten(),
     } | "LimitFailedCalls" >> limit
-    samples = (collected, written) | "AllSamples" >> beam.Flatten()
+    likely_made = _filter_losses(written, kept, job, "FilterWritten")
+    samples = (collected, likely_made.main) | "AllSamples" >> beam.Flatten()
     settled = {"samples": samples, "void": void_ids} | "SettleSamples" >> SettleSamples(
         options.on_missing_image
     )
@@ -121,6 +126,8 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
         same_bytes,
         near,
         unresolved,
+        likely.decisions,
+        likely_made.decisions,
         settled.decisions,
         last_words,
     ) | "AllDecisions" >> beam.Flatten()
@@ -129,6 +136,8 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
         looked_at.dead,
         void,
         failed_calls,
+        likely.dead,
+        likely_made.dead,
         settled.dead,
     ) | "AllDead" >> beam.Flatten()
     num_shards = named | "CountShards" >> CountShards(max_shard_bytes)
@@ -210,6 +219,17 @@ def _synthesise(named: beam.PCollection, job: Job) -> tuple[beam.PCollection, be
     return planned | "Synthesise" >> Synthesise(job.synthesis.backend, job.progress)
 
 
+def _filter_losses(
+    samples: beam.PCollection, kept: beam.PCollection, job: Job, label: str, wanted: bool = True
+) -> Outcome:
+    """All samples where no model gives losses, or these are not to be filtered."""
+    if job.losses is None or not wanted:
+        nothing = samples.pipeline | f"{label}Not" >> beam.Create([])
+        return Outcome(samples, nothing, nothing)
+    rule = LossRule(job.options.loss_drop, job.options.loss_by)
+    return {"samples": samples, "kept": kept} | label >> FilterLosses(job.losses, rule)
+
+
 def curate(
     options: CurateOptions, beam_args: Sequence[str] = (), console: Console | None = None
 ) -> Snapshot | None:
@@ -245,6 +265,9 @@ def curate(
     known, new = counters.get("decode/recalled", 0), counters.get("decode/decoded", 0)
     if known:
         console.print(f"{known} images known from the ledger, {new} embedded now", highlight=False)
+    if job.losses is not None:
+        known, new = counters.get("losses/known", 0), counters.get("losses/measured", 0)
+        console.print(f"{known} losses known from the ledger, {new} measured now", highlight=False)
     snapshot = open_snapshot(job.to.out)
     for line in json.loads(storage.read("metrics.json"))["searched"]:
         console.print(f"near duplicates: {line}", highlight=False, soft_wrap=True)

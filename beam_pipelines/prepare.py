@@ -13,7 +13,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from beam_pipelines.codes import CODES
 from beam_pipelines.launch import beam_options, is_local
 from beam_pipelines.located import passed_over
-from beam_pipelines.options import CurateOptions
+from beam_pipelines.options import CurateOptions, flag
 from beam_pipelines.sources import (
     check_output,
     count_gone,
@@ -34,7 +34,7 @@ from images.rewrite import Rewrite
 from images.sources.source import Source
 from images.web import WebOptions
 from shards.errors import BadRequest
-from shards.ledger import CellsRow, ImageRow, Ledger, RefRow, SearchRow, url_epoch
+from shards.ledger import CellsRow, ImageRow, Ledger, LossRow, RefRow, SearchRow, url_epoch
 from shards.snapshot import Destination, StoredPack, open_by_id, open_snapshot, read_current, split_at
 from shards.spool import FOLDER, spooled_uris
 from shards.storage import Storage, rooted, storage_of
@@ -46,6 +46,7 @@ from transforms.commit import RunFacts
 from transforms.deduplicate import Search
 from transforms.filter import FilterRule, parse_expressions
 from transforms.limit import ANY
+from transforms.losses import LossSource
 from transforms.recall import Memory
 from transforms.synthesise import Backend
 
@@ -69,6 +70,7 @@ class Job(NamedTuple):
     to: Destination
     facts: RunFacts
     synthesis: Synthesis | None
+    losses: LossSource | None
     memory: Memory
     search: Search
     reach: Reach
@@ -118,7 +120,9 @@ def filter_rule(options: CurateOptions) -> FilterRule:
 
 
 def prepare_synthesis(options: CurateOptions, reach: Reach) -> Synthesis | None:
-    """Probe the endpoint, if there is one. Raises BadRequest where it cannot be used as asked."""
+    """Probe the endpoint or load the model, if there is one. Raises BadRequest where it cannot be used as asked."""
+    if options.vlm_local:
+        return _local_synthesis(options, reach)
     if not options.vlm_base_url:
         return None
     with ChatClient(
@@ -136,6 +140,53 @@ def prepare_synthesis(options: CurateOptions, reach: Reach) -> Synthesis | None:
         options.vlm_concurrency,
     )
     return Synthesis(backend, LookupPlanner())
+
+
+def _local_synthesis(options: CurateOptions, reach: Reach) -> Synthesis:
+    for name in ("vlm_base_url", "vlm_model", "vlm_api_key_env"):
+        if getattr(options, name):
+            raise BadRequest(
+                f"--vlm-local {options.vlm_local}: the model runs in this process; {flag(name)} is for an endpoint: give one of them"
+            )
+    # transformers takes seconds to import.
+    from synthesis.local import open_local
+
+    vlm = open_local(options.vlm_local, options.device, options.vlm_local_dtype, options.vlm_local_batch)
+    if not (vlm.sees_images or options.allow_text_only):
+        raise BadRequest(
+            f"--vlm-local {options.vlm_local}: takes no images; give a vision-language model, or --allow-text-only to write"
+            " about tags and captions"
+        )
+    max_pixels = options.vlm_max_pixels if vlm.sees_images else None
+    prompts = load_prompt_pair(vlm.sees_images)
+    return Synthesis(Backend(vlm, prompts, max_pixels, reach, options.vlm_concurrency), LookupPlanner())
+
+
+def prepare_losses(
+    options: CurateOptions, to: Destination, reach: Reach, synthesises: bool
+) -> LossSource | None:
+    """Load the model that losses come from, if there is one. Raises BadRequest."""
+    if not options.loss_model:
+        if options.loss_existing:
+            raise BadRequest("--loss-existing: needs a model that gives losses: --loss-model FOLDER")
+        return None
+    if not (synthesises or options.loss_existing):
+        raise BadRequest(
+            f"--loss-model {options.loss_model}: nothing is synthesised; --loss-existing to filter what was collected"
+        )
+    from synthesis.local_model import find_local, load_local
+
+    spec = find_local(options.loss_model, options.device, "auto", "--loss-model")
+    sees_images = load_local(spec, "--loss-model").sees_images
+    if not (sees_images or options.allow_text_only):
+        raise BadRequest(
+            f"--loss-model {options.loss_model}: takes no images; give a vision-language model, or --allow-text-only for losses"
+            " of the words alone"
+        )
+    known = [
+        segment for storage in ledgers_of(to, options) for segment in Ledger(storage, LossRow).segments()
+    ]
+    return LossSource(spec, options.vlm_max_pixels if sees_images else None, reach, to, known)
 
 
 def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
@@ -163,6 +214,7 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
     decoders = max(1, len(os.sched_getaffinity(0)) // options.workers) if is_local(pipeline_options) else 0
     reach = reach_of(to, options, decoders)
     synthesis = prepare_synthesis(options, reach)
+    losses = prepare_losses(options, to, reach, synthesis is not None)
     stored = base.stored_packs() if base else []
     memory = recall_from(to, options, model)
     search, against = search_for(to, options, model), kept_packs(options.against)
@@ -177,6 +229,8 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
         affecting["against"] = sorted({kept.snapshot_id for kept in against})
     if synthesis is not None:
         affecting["vlm_model"] = synthesis.backend.client.model
+    if losses is not None:
+        affecting |= {"loss_model": losses.spec.name, "vlm_max_pixels": options.vlm_max_pixels}
     metrics = {
         "sources": [source._asdict() for source in sources],
         "benchmarks": [source._asdict() for source in benchmarks],
@@ -191,6 +245,7 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
         to=to,
         facts=facts,
         synthesis=synthesis,
+        losses=losses,
         memory=memory,
         search=search,
         reach=reach,
@@ -303,7 +358,7 @@ def recall_from(to: Destination, options: CurateOptions, model: Encoder) -> Memo
 def plan_text(prepared: Prepared) -> str:
     job, images, gone = prepared.job, prepared.images, prepared.gone
     inputs = ", ".join(f"{source.path} ({source.format})" for source in job.sources)
-    synthesis = "none (no --vlm-base-url)"
+    synthesis = "none (no --vlm-base-url or --vlm-local)"
     if job.synthesis is not None:
         sight = "sends images" if job.synthesis.backend.max_pixels else "text only: tags and captions"
         synthesis = f"{job.synthesis.backend.client.model}, {sight}"
@@ -322,4 +377,7 @@ def plan_text(prepared: Prepared) -> str:
         for source in job.benchmarks:
             if source.path in given:
                 note += f"\n{source.path} is --input and --decontaminate {source.name}: all of it will be filtered"
+    if job.losses is not None:
+        which = "collected and synthesised" if job.options.loss_existing else "synthesised"
+        note += f"\nlosses of {which} samples by {job.losses.spec.name}; at most {job.options.loss_drop:.3g} dropped per {job.options.loss_by}"
     return f"{images} images from {inputs}{less}{note}\nencoder {job.encoder.name} on {job.encoder.device}; synthesis: {synthesis}"

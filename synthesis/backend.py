@@ -72,6 +72,12 @@ class ChatBackend(Protocol):
     def chat(self, ask: Ask, affinity: bytes = b"") -> Reply: ...
 
 
+class OpenBackend(ChatBackend, Protocol):
+    """One that may hold something open in this process: connections, a model."""
+
+    def close(self) -> None: ...
+
+
 def schema_of(properties: Mapping[str, Any]) -> str:
     """A JSON schema of an object that has exactly these properties, for `Ask.schema`."""
     return canonical_json(

@@ -121,17 +121,16 @@ def _as_bad_request(asked_by: str, path: str) -> Any:
 
 def load_local(spec: LocalSpec, asked_by: str = "--vlm-local") -> "LocalModel":
     """The model of a spec, loaded once per process, whatever the number of threads that ask. Raises BadRequest."""
-    with _LOADING:
-        return _load(spec, asked_by)
+    with _LOADING, _as_bad_request(asked_by, spec.path):
+        return _load(spec)
 
 
 # Two: one that answers, and one whose losses filter.
 @functools.lru_cache(maxsize=2)
-def _load(spec: LocalSpec, asked_by: str) -> "LocalModel":
+def _load(spec: LocalSpec) -> "LocalModel":
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    with _as_bad_request(asked_by, spec.path):
-        return LocalModel(spec)
+    return LocalModel(spec)
 
 
 class LocalModel:
@@ -196,7 +195,7 @@ class LocalModel:
         laid_out = [{"role": message.role, "content": self._content(message.parts)} for message in messages]
         try:
             return self._apply(laid_out, ask_on)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, IndexError) as error:  # IndexError: of no turns at all
             raise VlmFailure("vlm_refused", f"the chat template does not take these turns: {error}") from None
 
     def _apply(self, messages: list[dict[str, Any]], ask_on: bool) -> str:

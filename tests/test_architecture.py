@@ -22,12 +22,13 @@ MAY_IMPORT = {
 BEAM = {"transforms", "beam_pipelines"}
 TORCH = {"embeddings", "synthesis", "training"}
 TORCH_MODULES = {"torch", "torchvision", "timm", "faiss", "transformers"}
-# What stages share: how a fate is recorded, where bytes lie, what was worked out before, how progress is shown.
+# What stages share: how a fate is recorded, where bytes and pictures lie, what was worked out before, how progress is shown.
 SHARED_BY_STAGES = {
     "transforms.fates",
     "transforms.filesystems",
     "transforms.ledgers",
     "transforms.objects",
+    "transforms.pictures",
     "transforms.progress",
 }
 

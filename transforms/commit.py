@@ -70,7 +70,8 @@ def build_manifest(
     by_unit: dict[str, Counter[str]] = {"image": Counter(), "sample": Counter()}
     for key, count in fates.items():
         unit, fate, _, _ = key.split("/")
-        by_unit[unit][fate] += count
+        if unit in by_unit:  # conversations that were written here are no input
+            by_unit[unit][fate] += count
     buckets = sorted(live)
     sets = sorted(benchmarks)
     protecting = {"decontaminate": {one.benchmark: one.ids_sha256 for one in sets}} if sets else {}

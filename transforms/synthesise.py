@@ -1,6 +1,5 @@
 """Synthesise: planned images -> samples whose conversation a model wrote."""
 
-import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,18 +10,16 @@ from apache_beam.metrics import Metrics
 from apache_beam.pvalue import TaggedOutput
 from apache_beam.typehints.decorators import no_annotations
 
-from images.decode import DECODER, as_jpeg
 from images.fetch import Reach, decoders_of
 from images.sandbox import DecodePool
 from shards.errors import BadData
 from shards.ids import sample_id_of
 from shards.records import DeadLetter, PlannedImage, Sample
-from synthesis.backend import Picture
-from synthesis.client import ChatClient
+from synthesis.backend import OpenBackend
 from synthesis.generate import synthesise
 from synthesis.prompts import PromptPair
 from transforms.fates import DEAD, dead_letter
-from transforms.filesystems import fetcher_of
+from transforms.pictures import picture_of
 from transforms.progress import ProgressFile
 
 STAGE = "synthesise"
@@ -32,7 +29,7 @@ class Backend(NamedTuple):
     """Who is asked, and how: at most `max_pixels` pixels of an image are sent, none where that is None; `concurrency` images at
     a time per worker."""
 
-    client: ChatClient
+    client: OpenBackend
     prompts: PromptPair
     max_pixels: int | None
     reach: Reach
@@ -45,7 +42,11 @@ def synthesise_sample(planned: PlannedImage, backend: Backend, pool: DecodePool)
     The model gets the image, or, where it sees none, tags and caption.
     """
     try:
-        picture = None if backend.max_pixels is None else picture_of(planned, backend, pool)
+        picture = None
+        if backend.max_pixels is not None:
+            picture = picture_of(
+                planned.image_id, planned.source_image, backend.max_pixels, backend.reach, pool
+            )
         conversation, provenance = synthesise(planned, picture, backend.client, backend.prompts)
     except BadData as error:
         return dead_letter(planned.image_id, STAGE, error.code, planned.source_image.origin, str(error))
@@ -62,18 +63,6 @@ def synthesise_sample(planned: PlannedImage, backend: Backend, pool: DecodePool)
         extra_json="{}",
         provenance=provenance,
     )
-
-
-def picture_of(planned: PlannedImage, backend: Backend, pool: DecodePool) -> Picture:
-    """An image as the model gets it: read again by reference, its hash checked, and re-encoded by us."""
-    max_pixels, reach = backend.max_pixels, backend.reach
-
-    @functools.cache
-    def load() -> bytes:
-        encoded = fetcher_of(reach).fetch_again(planned.source_image.ref, planned.image_id)
-        return pool.run(as_jpeg, encoded, max_pixels, reach.limits)
-
-    return Picture(f"{planned.image_id.hex()}, {max_pixels} pixels, {DECODER}, JPEG 90", load)
 
 
 class _Synthesise(beam.DoFn):
