@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from synthesis.losses import LossModel
 
 STAGE = "losses"
-CODE = "high_loss"
 UNKNOWN = "unknown"
 _AT_ONCE = 64
 """Samples that a worker takes on together."""
@@ -87,17 +86,22 @@ def has_answer(conversation: Sequence[Turn]) -> bool:
     return any(turn.speaker == "gpt" and turn.value.strip() for turn in conversation)
 
 
-def _row(
-    sample: Sample, fate: str, code: str, loss_milli: int | None = None, threshold: int | None = None
-) -> Decision:
+class Failed(NamedTuple):
+    """Why a sample does not go on; for a filtered one its loss and the threshold, in nats per token."""
+
+    code: str
+    loss: float | None = None
+    threshold: float | None = None
+
+
+def _row(sample: Sample, fate: str, failed: Failed) -> Decision:
     """A synthesised sample is no input: its row is that of the conversation that was planned for its image."""
-    score, limit = (None if number is None else number / 1000 for number in (loss_milli, threshold))
+    code, loss, threshold = failed
     if sample.provenance.generator == "source":
-        return decision("sample", fate, sample.sample_id, STAGE, code, sample.origin, score, limit)
+        return decision("sample", fate, sample.sample_id, STAGE, code, sample.origin, loss, threshold)
     (image_id,) = sample.image_ids
-    return decision(
-        "conversation", fate, image_id, STAGE, code, sample.origin, score, limit, sample.sample_id
-    )
+    made = sample.sample_id
+    return decision("conversation", fate, image_id, STAGE, code, sample.origin, loss, threshold, made)
 
 
 class _Recall(beam.DoFn):
@@ -155,7 +159,7 @@ class _Measure(beam.DoFn):
                 yield measured
             else:
                 Metrics.counter(STAGE, f"dead_{measured.code}").inc()
-                row = _row(sample, "dead", measured.code)
+                row = _row(sample, "dead", Failed(measured.code))
                 yield TaggedOutput(DECISIONS, row)
                 yield TaggedOutput(
                     DEAD, dead_letter(row.id, STAGE, measured.code, sample.origin, str(measured))
@@ -236,7 +240,8 @@ class _Drop(beam.DoFn):
             yield sample
             return
         Metrics.counter(STAGE, "dropped").inc()
-        yield TaggedOutput(DECISIONS, _row(sample, "filtered", CODE, loss_milli, threshold))
+        failed = Failed("high_loss", loss_milli / 1000, threshold / 1000)
+        yield TaggedOutput(DECISIONS, _row(sample, "filtered", failed))
 
 
 @dataclass
