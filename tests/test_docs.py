@@ -60,6 +60,6 @@ def test_flags_that_the_docs_name_exist(page: Path) -> None:
         "--s3_region_name",
         "--s3_endpoint_url",
     }
-    known |= {"--encoder"}
+    known |= {"--encoder", "--shape", "--side", "--tokens", "--host", "--port", "--limit-mm-per-prompt"}
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()))
     assert named <= known, named - known
