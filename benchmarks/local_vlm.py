@@ -6,6 +6,7 @@ Weights play no part in speed: answers have a fixed number of tokens, because no
 """
 
 import argparse
+import copy
 import io
 import statistics
 import tempfile
@@ -144,7 +145,9 @@ def seconds_of_ours(vlm: LocalVlm, pictures: Sequence[bytes], tokens: int, threa
 def seconds_directly(vlm: LocalVlm, pictures: Sequence[bytes], tokens: int, batch_size: int) -> float:
     """The loop that its documentation shows: processor and `generate`, batch after batch."""
     local = load_local(vlm.spec)
-    processor: Any = local.processor
+    processor: Any = copy.deepcopy(
+        local.processor
+    )  # a tokenizer that is told to pad is no longer ours to share
     processor.tokenizer.padding_side = "left"
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     text = processor.apply_chat_template(

@@ -21,7 +21,9 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
 )
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import extract_commit_hash
 
 from shards.errors import BadRequest
 from shards.ids import digest
@@ -90,8 +92,7 @@ def find_local(path: str, device: str, dtype: Dtype, asked_by: str) -> LocalSpec
             f"{asked_by} {path}: is no folder; give one with a transformers model, or a hub name"
         )
     with _as_bad_request(asked_by, path):
-        config = AutoConfig.from_pretrained(path)
-    revision = getattr(config, "_commit_hash", None)
+        revision = extract_commit_hash(cached_file(path, "config.json"), None)
     if not revision:
         raise BadRequest(
             f"{asked_by} {path}: the hub does not tell its commit; download it, and give the folder"

@@ -238,6 +238,22 @@ def test_it_pickles_as_its_spec_and_names_no_folder(
     assert find_local(str(copied), "cpu", "auto", "--x").name != tiny_vlm.model
 
 
+def test_a_hub_name_is_its_commit(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0123456789abcdef" * 2 + "01234567"
+    entry = tmp_path / "models--someone--tiny"
+    (entry / "refs").mkdir(parents=True)
+    (entry / "refs" / "main").write_text(commit)
+    (entry / "snapshots").mkdir()
+    (entry / "snapshots" / commit).symlink_to(tiny_folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    spec = find_local("someone/tiny", "cpu", "auto", "--x")
+    assert spec.name == "someone/tiny@0123456789abcdef float32"
+    assert LocalModel(spec).sees_images
+    with pytest.raises(BadRequest, match="--x no/such: cannot be loaded"):
+        find_local("no/such", "cpu", "auto", "--x")
+
+
 def test_bfloat16(tiny_folder: Path) -> None:
     spec = find_local(str(tiny_folder), "cpu", "bfloat16", "--x")
     engine = Engine(LocalModel(spec), 2)
