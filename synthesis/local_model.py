@@ -21,9 +21,8 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
 )
-from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
-from transformers.utils.hub import extract_commit_hash
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from shards.errors import BadRequest
 from shards.ids import digest
