@@ -96,6 +96,7 @@ CODES: Mapping[str, str] = {
     "vlm_server_error": "The server failed at the request, each time.",
     "vlm_refused": "The server refused the request; asking again would not help.",
     "vlm_bad_response": "What the server sent is no chat completion.",
+    "vlm_out_of_memory": "The model in this process had no room for the request, alone.",
     "vlm_empty": "The model answered with nothing.",
     "vlm_bad_json": "The answer is not JSON of the form that was asked for, nor was the one after it, for which the model was told what is wrong.",
     "vlm_over_budget": "It was not asked: the run had used up its tokens, its money or its time. A run with more goes on here.",
@@ -111,6 +112,12 @@ CODES: Mapping[str, str] = {
     "low_judge": "As a judge the model gave fewer points than --judge-min, to every form of the answer, or to the conversation.",
     "answer_disputed": "To a question of the conversation the model gives another answer, and says that the two do not say the same.",
     "suspect_injection": "It looks as if the model obeyed text in its input, and --drop-suspect is given.",
+    "high_loss": "The model of --loss-model finds its answers less likely than --loss-drop lets stay.",
+    "loss_bad_images": "Its conversation names another number of images than it has, so that no loss can be had.",
+    "loss_bad_turns": "The chat template of --loss-model does not take its turns.",
+    "loss_too_long": "It has more tokens than --loss-model can take.",
+    "loss_failed": "The model of --loss-model fails at it, alone, and not at others.",
+    "loss_not_finite": "The model of --loss-model gives it a loss that is no number.",
 }
 """One plain sentence per code."""
 
@@ -137,6 +144,7 @@ _COMPARISONS: Mapping[str, str] = {
     "small_side": "shorter side {0:,.0f} px < {1:,.0f}",
     "few_pixels": "{0:,.0f} pixels < {1:,.0f}",
     "extreme_aspect": "aspect {0:.3f} > {1:g}",
+    "high_loss": "loss {0:.3f} nats a token > {1:.3f}",
     "near_blank": "flat {0:.6g} > {1:g}",
     "low_entropy": "entropy {0:.3f} bits < {1:g}",
     "low_judge": "judged {0:.0f} of 10 < {1:.0f}",

@@ -31,6 +31,7 @@ from transforms.filter import FilterImages
 from transforms.geometric import FindGeometricCopies
 from transforms.judge import JudgeExisting
 from transforms.limit import LimitErrors
+from transforms.losses import FilterLosses, LossRule
 from transforms.plan import PlanInstructions
 from transforms.read import ReadSamples
 from transforms.recall import Known, RecallImages
@@ -101,7 +102,8 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
         options.on_duplicate, options.on_missing_image
     )
     judged = _judge_existing(resolved, kept, job)
-    collected = judged.main
+    likely = _filter_losses(judged.main, kept, job, "FilterCollected", options.loss_existing)
+    collected = likely.main
     stored = references.pipeline | "ReadStored" >> ReadStored(job.to.out, job.stored)
     named, new = {"kept": kept, "samples": collected, "stored": stored} | "NameImages" >> NameImages()
 
@@ -117,7 +119,8 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
         "failures": made.dead | "CodesOfCalls" >> code_of,
         "inputs": planned,
     } | "LimitFailedCalls" >> limit
-    samples = (collected, written) | "AllSamples" >> beam.Flatten()
+    likely_made = _filter_losses(written, kept, job, "FilterWritten")
+    samples = (collected, likely_made.main) | "AllSamples" >> beam.Flatten()
     settled = {"samples": samples, "void": void_ids} | "SettleSamples" >> SettleSamples(
         options.on_missing_image
     )
@@ -140,6 +143,8 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
         unresolved,
         judged.decisions,
         made.decisions,
+        likely.decisions,
+        likely_made.decisions,
         settled.decisions,
         last_words,
     ) | "AllDecisions" >> beam.Flatten()
@@ -149,6 +154,8 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
         void,
         judged.dead,
         made.dead,
+        likely.dead,
+        likely_made.dead,
         settled.dead,
     ) | "AllDead" >> beam.Flatten()
     num_shards = named | "CountShards" >> CountShards(max_shard_bytes)
@@ -247,6 +254,17 @@ def _synthesise(named: beam.PCollection, job: Job) -> tuple[beam.PCollection, Sy
     return planned, made
 
 
+def _filter_losses(
+    samples: beam.PCollection, kept: beam.PCollection, job: Job, label: str, wanted: bool = True
+) -> Outcome:
+    """All samples where no model gives losses, or these are not to be filtered."""
+    if job.losses is None or not wanted:
+        nothing = samples.pipeline | f"{label}Not" >> beam.Create([])
+        return Outcome(samples, nothing, nothing)
+    rule = LossRule(job.options.loss_drop, job.options.loss_by)
+    return {"samples": samples, "kept": kept} | label >> FilterLosses(job.losses, rule)
+
+
 def curate(
     options: CurateOptions, beam_args: Sequence[str] = (), console: Console | None = None
 ) -> Snapshot | None:
@@ -285,6 +303,9 @@ def curate(
     answered, called = counters.get("calls/known", 0), counters.get("calls/made", 0)
     if answered or called:
         console.print(f"{answered} answers known from the ledger, {called} calls made now", highlight=False)
+    if job.losses is not None:
+        known, new = counters.get("losses/known", 0), counters.get("losses/measured", 0)
+        console.print(f"{known} losses known from the ledger, {new} measured now", highlight=False)
     snapshot = open_snapshot(job.to.out)
     for line in json.loads(storage.read("metrics.json"))["searched"]:
         console.print(f"near duplicates: {line}", highlight=False, soft_wrap=True)

@@ -417,6 +417,21 @@ class CurateOptions(BaseModel):
         affects_bytes=False,
         group="Synthesis",
     )
+    vlm_local: str = option(
+        "",
+        "Instead of an endpoint: folder or hub name of a transformers model that runs in every worker, on --device.",
+        affects_bytes=False,
+        group="Synthesis",
+    )
+    vlm_local_dtype: Literal["auto", "bfloat16", "float32"] = option(
+        "auto",
+        "What its weights are kept and computed in. auto: bfloat16 on a GPU, float32 on a CPU.",
+        affects_bytes=False,
+        group="Synthesis",
+    )
+    vlm_local_batch: int = option(
+        8, "Most requests it answers at a time.", affects_bytes=False, group="Synthesis", ge=1, le=1024
+    )
     vlm_model: str = option(
         "", "Model to ask for. Default: the one that is served.", affects_bytes=True, group="Synthesis"
     )
@@ -598,6 +613,30 @@ class CurateOptions(BaseModel):
         le=1,
     )
 
+    loss_model: str = option(
+        "",
+        "Folder or hub name of a transformers model: samples whose answers it finds most unlikely are dropped. Runs on --device.",
+        affects_bytes=False,
+        group="Losses",
+    )
+    loss_drop: float = option(
+        0.05,
+        "Share of the samples of a group to drop, at most; equal losses stay or go together.",
+        affects_bytes=True,
+        group="Losses",
+        ge=0,
+        lt=1,
+    )
+    loss_by: Literal["source", "tag", "all"] = option(
+        "source",
+        "What makes a group: the source, the best tag, or nothing. Synthesised and collected samples are apart in any case.",
+        affects_bytes=True,
+        group="Losses",
+    )
+    loss_existing: bool = option(
+        False, "Collected samples too, not only synthesised ones.", affects_bytes=True, group="Losses"
+    )
+
     workers: int = option(
         1,
         "Worker processes on this machine; with another runner, the most that it starts, by which limits on calls are shared out.",
@@ -612,10 +651,11 @@ class CurateOptions(BaseModel):
         fields = type(self).model_fields
         values = self.model_dump(mode="json")
         asked_for = {
-            "Synthesis": self.vlm_base_url,
+            "Synthesis": self.vlm_base_url or self.vlm_local,
+            "Planning": self.vlm_base_url or self.vlm_local,
+            "Losses": self.loss_model,
             "Decontamination": self.decontaminate,
             "Geometric copies": self.geometric,
-            "Planning": self.vlm_base_url,
         }
         skipped = {group for group, asked in asked_for.items() if not asked}
         return {

@@ -44,6 +44,7 @@ from shards.ledger import (
     CellsRow,
     ImageRow,
     Ledger,
+    LossRow,
     RefRow,
     SearchRow,
     TagsRow,
@@ -53,7 +54,7 @@ from shards.snapshot import Destination, StoredPack, open_by_id, open_snapshot, 
 from shards.spool import FOLDER, spooled_uris
 from shards.storage import Storage, rooted, storage_of
 from synthesis.artifact import read_artifact, types_digest
-from synthesis.backends import BackendOptions, find_backend
+from synthesis.backends import BackendOptions, Found, find_backend
 from synthesis.generate import Method, parse_forms, prompts_asked
 from synthesis.languages import check_language
 from synthesis.limits import Limits, Prices
@@ -68,6 +69,7 @@ from transforms.commit import RunFacts
 from transforms.filter import FilterRule, parse_expressions
 from transforms.geometric import AlignRule
 from transforms.limit import ANY
+from transforms.losses import LossSource
 from transforms.recall import Memory
 from transforms.route import Search
 from transforms.tag import LookRule, TagRule, load_head
@@ -115,6 +117,7 @@ class Job(NamedTuple):
     facts: RunFacts
     synthesis: Synthesis | None
     planning: Planning
+    losses: LossSource | None
     memory: Memory
     search: Search
     align: AlignRule | None
@@ -203,16 +206,27 @@ def method_of(options: CurateOptions) -> Method:
     )
 
 
-def prepare_synthesis(
-    to: Destination, options: CurateOptions, reach: Reach, limits: Limits
-) -> Synthesis | None:
-    """Probe the endpoints, if there are any. Raises BadRequest where they cannot be used as asked."""
-    method = method_of(options)
+def found_backend(options: CurateOptions, limits: Limits, run: str) -> Found | None:
+    """Probe the endpoints, or load the model, that are asked for. Raises BadRequest where they cannot be used as asked."""
+    if options.vlm_local:
+        for name in ("vlm_base_url", "vlm_model", "vlm_api_key_env"):
+            if getattr(options, name):
+                raise BadRequest(
+                    f"--vlm-local {options.vlm_local}: the model runs in this process; {flag(name)} is for an endpoint: give one of them"
+                )
+        # transformers takes seconds to import.
+        from synthesis.local import open_local
+
+        vlm = open_local(options.vlm_local, options.device, options.vlm_local_dtype, options.vlm_local_batch)
+        if not (vlm.sees_images or options.allow_text_only):
+            raise BadRequest(
+                f"--vlm-local {options.vlm_local}: takes no images; give a vision-language model, or --allow-text-only to write"
+                " about tags and captions"
+            )
+        return Found(vlm, vlm.sees_images, vlm.model)
     if not options.vlm_base_url:
         return None
-    if options.judge_existing and not (options.judge_min or options.agreement):
-        raise BadRequest("--judge-existing: with --judge-min 0 and --no-agreement nothing is asked")
-    found = find_backend(
+    return find_backend(
         BackendOptions(
             options.vlm_base_url,
             options.vlm_model,
@@ -220,9 +234,21 @@ def prepare_synthesis(
             options.vlm_timeout_s,
             options.allow_text_only,
             limits,
-            to.token,
+            run,
         )
     )
+
+
+def prepare_synthesis(
+    to: Destination, options: CurateOptions, reach: Reach, limits: Limits
+) -> Synthesis | None:
+    """Who answers, and how they are asked; None where nobody is to. Raises BadRequest."""
+    method = method_of(options)
+    found = found_backend(options, limits, to.token)
+    if found is None:
+        return None
+    if options.judge_existing and not (options.judge_min or options.agreement):
+        raise BadRequest("--judge-existing: with --judge-min 0 and --no-agreement nothing is asked")
     if options.judge_existing and not found.sees_images:
         raise BadRequest(
             f"--judge-existing: '{found.backend.model}' sees no images, so it cannot judge what is said of them"
@@ -270,6 +296,33 @@ def prepare_planning(options: CurateOptions) -> Planning:
     return Planning(planner, allotment, seeds, taxonomy, affecting)
 
 
+def prepare_losses(
+    options: CurateOptions, to: Destination, reach: Reach, synthesises: bool
+) -> LossSource | None:
+    """Load the model that losses come from, if there is one. Raises BadRequest."""
+    if not options.loss_model:
+        if options.loss_existing:
+            raise BadRequest("--loss-existing: needs a model that gives losses: --loss-model FOLDER")
+        return None
+    if not (synthesises or options.loss_existing):
+        raise BadRequest(
+            f"--loss-model {options.loss_model}: nothing is synthesised; --loss-existing to filter what was collected"
+        )
+    from synthesis.local_model import find_local, load_local
+
+    spec = find_local(options.loss_model, options.device, "auto", "--loss-model")
+    sees_images = load_local(spec, "--loss-model").sees_images
+    if not (sees_images or options.allow_text_only):
+        raise BadRequest(
+            f"--loss-model {options.loss_model}: takes no images; give a vision-language model, or --allow-text-only for losses"
+            " of the words alone"
+        )
+    known = [
+        segment for storage in ledgers_of(to, options) for segment in Ledger(storage, LossRow).segments()
+    ]
+    return LossSource(spec, options.vlm_max_pixels if sees_images else None, reach, to, known)
+
+
 def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
     """Check a whole request before anything is written. Raises BadRequest."""
     parse_expressions(options.filter)
@@ -297,6 +350,7 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
     decoders = max(1, len(os.sched_getaffinity(0)) // options.workers) if is_local(pipeline_options) else 0
     reach = reach_of(to, options, decoders)
     synthesis = prepare_synthesis(to, options, reach, limits)
+    losses = prepare_losses(options, to, reach, synthesis is not None)
     stored = base.stored_packs() if base else []
     memory = recall_from(to, options, model)
     search, against = search_for(to, options, model), kept_packs(options.against)
@@ -320,6 +374,8 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
         asked = prompts_asked(synthesis.method, sees_images, options.judge_existing)
         affecting["prompts"] = [synthesis.method.prompts[name].prompt_id for name in asked]
         affecting |= planning.affecting
+    if losses is not None:
+        affecting |= {"loss_model": losses.spec.name, "vlm_max_pixels": options.vlm_max_pixels}
     metrics = {
         "sources": [source._asdict() for source in sources],
         "benchmarks": [source._asdict() for source in benchmarks],
@@ -336,6 +392,7 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
         facts=facts,
         synthesis=synthesis,
         planning=planning,
+        losses=losses,
         memory=memory,
         search=search,
         align=align,
@@ -486,7 +543,7 @@ def recall_from(to: Destination, options: CurateOptions, model: Encoder) -> Memo
 def plan_text(prepared: Prepared) -> str:
     job, images, gone = prepared.job, prepared.images, prepared.gone
     inputs = ", ".join(f"{source.path} ({source.format})" for source in job.sources)
-    synthesis = "none (no --vlm-base-url)"
+    synthesis = "none (no --vlm-base-url or --vlm-local)"
     if job.synthesis is not None:
         sight = "sends images" if job.synthesis.backend.max_pixels else "text only: tags and captions"
         table = job.planning.affecting.get("planner", "")[:12]
@@ -507,4 +564,7 @@ def plan_text(prepared: Prepared) -> str:
         for source in job.benchmarks:
             if source.path in given:
                 note += f"\n{source.path} is --input and --decontaminate {source.name}: all of it will be filtered"
+    if job.losses is not None:
+        which = "collected and synthesised" if job.options.loss_existing else "synthesised"
+        note += f"\nlosses of {which} samples by {job.losses.spec.name}; at most {job.options.loss_drop:.3g} dropped per {job.options.loss_by}"
     return f"{images} images from {inputs}{less}{note}\nencoder {job.encoder.name} on {job.encoder.device}; synthesis: {synthesis}"

@@ -1,6 +1,6 @@
 """The ledger: what was worked out before, so that it is not worked out again. A memo of functions, never a result.
 
-Five kinds of facts, each in immutable Parquet segments below `OUT/ledger/KIND/`. A row's key is a sha256 over everything that
+Six kinds of facts, each in immutable Parquet segments below `OUT/ledger/KIND/`. A row's key is a sha256 over everything that
 its value depends on, so a row is true for ever, whichever run wrote it. Of rows with one key the smallest is used. Workers append
 during the run; deleting any segment costs time or money, never correctness.
 """
@@ -139,7 +139,14 @@ class CallRow(NamedTuple):
     completion_tokens: int
 
 
-Row = TypeVar("Row", RefRow, ImageRow, CellsRow, SearchRow, AlignmentRow, TagsRow, CallRow)
+class LossRow(NamedTuple):
+    """How unlikely a model finds a sample's answers: `loss_key` -> mean loss of their tokens, in thousandths of a nat. No failures."""
+
+    key: bytes
+    loss_milli: int
+
+
+Row = TypeVar("Row", RefRow, ImageRow, CellsRow, SearchRow, AlignmentRow, TagsRow, CallRow, LossRow)
 KINDS: dict[type[Any], str] = {
     RefRow: "refs",
     ImageRow: "images",
@@ -148,6 +155,7 @@ KINDS: dict[type[Any], str] = {
     AlignmentRow: "alignments",
     TagsRow: "tags",
     CallRow: "calls",
+    LossRow: "losses",
 }
 _ARROW = {bytes: pa.binary(), str: pa.string(), int: pa.int64()}
 
@@ -179,6 +187,11 @@ def image_key(image_id: bytes, decoder: str, encoder: str) -> bytes:
 def call_key(image_id: bytes, model: str, told: Mapping[str, Any], revision: str) -> bytes:
     """Key of a call about an image: all that it says (`synthesis.backend.Ask.told`), to which model, and what the user calls its weights."""
     return digest([image_id.hex(), model, dict(told), revision])
+
+
+def loss_key(sample_id: bytes, model: str, recipe: str) -> bytes:
+    """Key of a sample's loss under a model, by name, and the recipe its pictures are made by."""
+    return digest([sample_id.hex(), model, recipe])
 
 
 def smallest_per_key(rows: Iterable[Row]) -> dict[bytes, Row]:

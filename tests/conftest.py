@@ -7,6 +7,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -15,6 +16,9 @@ from images.sandbox import shared_pool
 from tests.loopback_gcs import gcs, gcs_server  # noqa: F401  (fixtures)
 from tests.loopback_s3 import s3, s3_server  # noqa: F401  (fixtures)
 from tests.quick_beam import ask_once
+
+if TYPE_CHECKING:
+    from synthesis.local import LocalVlm
 
 REPOSITORY = Path(__file__).parent.parent
 IMAGES = REPOSITORY / "examples" / "images"
@@ -37,3 +41,30 @@ def decoders() -> Iterator[None]:
     pool = shared_pool(Limits(), len(os.sched_getaffinity(0)))
     yield
     pool.close()
+
+
+# torch and transformers load only for the tests that ask for a model.
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.tiny_vlm import save_tiny_vlm
+
+    return save_tiny_vlm(tmp_path_factory.mktemp("tiny-vlm"))
+
+
+@pytest.fixture(scope="session")
+def tiny_vlm(tiny_folder: Path) -> "LocalVlm":
+    """Sees, and tells red from blue."""
+    from synthesis.local import open_local
+
+    return open_local(str(tiny_folder), "cpu")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> "LocalVlm":
+    """The whole language model, which sees nothing."""
+    from synthesis.local import open_local
+    from training.language_models import smollm2_folder
+
+    return open_local(str(smollm2_folder()), "cpu", "float32", 2)

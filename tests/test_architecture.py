@@ -22,14 +22,15 @@ MAY_IMPORT = {
 BEAM = {"transforms", "beam_pipelines"}
 TORCH = {"embeddings", "synthesis", "training"}
 TORCH_MODULES = {"torch", "torchvision", "timm", "faiss", "transformers"}
-# What stages share: how a model is asked, how a fate is recorded, where bytes lie, what was worked out before, how progress is shown,
-# which images meet.
+# What stages share: how a model is asked, how a fate is recorded, where bytes and pictures lie, what was worked out before, how progress
+# is shown, which images meet.
 SHARED_BY_STAGES = {
     "transforms.calls",
     "transforms.fates",
     "transforms.filesystems",
     "transforms.ledgers",
     "transforms.objects",
+    "transforms.pictures",
     "transforms.progress",
     "transforms.route",
 }

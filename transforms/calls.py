@@ -17,9 +17,7 @@ from apache_beam.pvalue import AsSingleton
 from apache_beam.transforms.window import GlobalWindows
 from apache_beam.typehints.decorators import no_annotations
 
-from images.decode import DECODER, as_jpeg
 from images.fetch import Reach, decoders_of
-from images.sandbox import DecodePool
 from shards.errors import BadData
 from shards.ledger import CALL_FLUSH_ROWS, CallRow, Ledger, Segment
 from shards.records import SourceImage
@@ -27,8 +25,8 @@ from shards.snapshot import Destination
 from synthesis.backend import ChatBackend, Picture
 from synthesis.backends import ModelBackend
 from synthesis.calls import KnownCalls, Revision
-from transforms.filesystems import fetcher_of
 from transforms.ledgers import ReadLedger, ReadSegments
+from transforms.pictures import picture_of, picture_recipe
 from transforms.progress import ProgressFile
 
 COUNTER = "calls"
@@ -78,24 +76,8 @@ class Failure(NamedTuple):
     message: str
 
 
-def picture_of(image_id: bytes, source_image: SourceImage, backend: Backend, pool: DecodePool) -> Picture:
-    """An image as the model gets it: read again by reference, its hash checked, and re-encoded by us."""
-    max_pixels, reach = backend.max_pixels, backend.reach
-
-    @functools.cache
-    def load() -> bytes:
-        encoded = fetcher_of(reach).fetch_again(source_image.ref, image_id)
-        return pool.run(as_jpeg, encoded, max_pixels, reach.limits)
-
-    return Picture(_recipe(image_id, max_pixels), load)
-
-
-def _recipe(image_id: bytes, max_pixels: int | None) -> str:
-    return f"{image_id.hex()}, {max_pixels} pixels, {DECODER}, JPEG 90"
-
-
-def _unseen(image_id: bytes, source_image: SourceImage, max_pixels: int | None) -> Picture:
-    return Picture(_recipe(image_id, max_pixels), _not_loaded)
+def _unseen(image_id: bytes, source_image: SourceImage, max_pixels: int) -> Picture:
+    return Picture(picture_recipe(image_id, max_pixels), _not_loaded)
 
 
 def _not_loaded() -> NoReturn:
@@ -120,6 +102,12 @@ class _Call(beam.DoFn):
     def setup(self) -> None:
         self._callers = ThreadPoolExecutor(self._backend.concurrency)
         self._pool = decoders_of(self._backend.reach)
+        self._picture_of = functools.partial(
+            picture_of,
+            max_pixels=self._backend.max_pixels or 0,  # where that is None no picture is asked for
+            reach=self._backend.reach,
+            pool=self._pool,
+        )
         self._progress = ProgressFile(self._progress_folder, self._activity)
         self._rows = Ledger(self._backend.to.storage, CallRow).writer(self._backend.to.token, CALL_FLUSH_ROWS)
         self._at_work: set[Future[_Answered]] = set()
@@ -137,7 +125,7 @@ class _Call(beam.DoFn):
         calls = KnownCalls(item_id, backend.whose, rows, backend.client, self._rows.append)
         failure = None
         try:
-            self._chain.run(item, calls, functools.partial(picture_of, backend=backend, pool=self._pool))
+            self._chain.run(item, calls, self._picture_of)
         except BadData as error:
             failure = item_id, Failure(error.code, str(error))
         return _Answered(calls.known, calls.asked, failure)
@@ -179,7 +167,7 @@ class _Call(beam.DoFn):
 class _Read(beam.DoFn):
     def __init__(self, chain: Chain, backend: Backend) -> None:
         self._chain, self._whose = chain, backend.whose
-        self._picture_of = functools.partial(_unseen, max_pixels=backend.max_pixels)
+        self._picture_of = functools.partial(_unseen, max_pixels=backend.max_pixels or 0)
 
     def process(self, joined: tuple[bytes, Mapping[str, Iterable[Any]]]) -> Iterator[Any]:
         item_id, groups = joined

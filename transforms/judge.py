@@ -1,6 +1,6 @@
 """Judge: collected conversations -> those that a model finds right, by the same judge as written ones."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,21 +9,15 @@ from apache_beam.pvalue import TaggedOutput
 from apache_beam.typehints.decorators import no_annotations
 
 from shards.errors import BadData
-from shards.records import Sample, SourceImage, TaggedImage
+from shards.records import Sample
 from synthesis.backend import ChatBackend
 from synthesis.generate import Method
 from synthesis.judge import Judgement, judge_existing
 from transforms.calls import AskModel, Backend, PictureOf
 from transforms.fates import DEAD, DECISIONS, Outcome, decision, died
+from transforms.pictures import Located, LocateImages
 
 STAGE = "judge"
-
-
-class Judged(NamedTuple):
-    """A sample and where its images lie, in order."""
-
-    sample: Sample
-    images: Sequence[SourceImage]
 
 
 class JudgeConversation(NamedTuple):
@@ -31,12 +25,12 @@ class JudgeConversation(NamedTuple):
 
     method: Method
 
-    def run(self, item: Judged, backend: ChatBackend, picture_of: PictureOf) -> Judgement:
+    def run(self, item: Located, backend: ChatBackend, picture_of: PictureOf) -> Judgement:
         ids = item.sample.image_ids
         pictures = [picture_of(*pair) for pair in zip(ids, item.images, strict=True)]
         return judge_existing(item.sample.conversation, pictures, backend, self.method, item.sample.sample_id)
 
-    def outputs(self, item: Judged, result: Judgement) -> Iterator[Any]:
+    def outputs(self, item: Located, result: Judgement) -> Iterator[Any]:
         sample = item.sample
         if result.code == "kept":
             yield sample
@@ -49,29 +43,8 @@ class JudgeConversation(NamedTuple):
         row = decision("sample", "filtered", sample.sample_id, STAGE, result.code, sample.origin, *numbers)
         yield TaggedOutput(DECISIONS, row)
 
-    def failure(self, item: Judged, error: BadData) -> Iterator[Any]:
+    def failure(self, item: Located, error: BadData) -> Iterator[Any]:
         yield from died("sample", item.sample.sample_id, STAGE, error.code, item.sample.origin, str(error))
-
-
-def _wanted(sample: Sample) -> Iterator[tuple[bytes, tuple[bytes, int]]]:
-    for position, image_id in enumerate(sample.image_ids):
-        yield image_id, (sample.sample_id, position)
-
-
-def _located(
-    joined: tuple[bytes, Mapping[str, Iterable[Any]]],
-) -> Iterator[tuple[bytes, tuple[int, SourceImage]]]:
-    _, groups = joined
-    for image in groups["kept"]:
-        for sample_id, position in groups["wanted"]:
-            yield sample_id, (position, image.source_image)
-
-
-def _joined(joined: tuple[bytes, Mapping[str, Iterable[Any]]]) -> Iterator[tuple[bytes, Judged]]:
-    sample_id, groups = joined
-    images = [image for _, image in sorted(groups["images"])]
-    for sample in groups["samples"]:
-        yield sample_id, Judged(sample, images)
 
 
 @dataclass
@@ -91,29 +64,18 @@ class JudgeExisting(beam.PTransform):
         samples = inputs["samples"]
         silent = samples | "Silent" >> beam.Filter(lambda s: not s.conversation).with_output_types(Sample)
         told = samples | "Told" >> beam.Filter(lambda s: bool(s.conversation)).with_output_types(Sample)
-        images = (
-            {
-                "wanted": told
-                | "Wanted" >> beam.FlatMap(_wanted).with_output_types(tuple[bytes, tuple[bytes, int]]),
-                "kept": inputs["kept"]
-                | "KeyKept"
-                >> beam.Map(lambda t: (t.image_id, t)).with_output_types(tuple[bytes, TaggedImage]),
-            }
-            | "JoinKept" >> beam.CoGroupByKey()
-            | "Locate" >> beam.FlatMap(_located).with_output_types(tuple[bytes, tuple[int, SourceImage]])
-        )
-        keyed = told | "BySample" >> beam.Map(lambda s: (s.sample_id, s)).with_output_types(
-            tuple[bytes, Sample]
-        )
         judged = (
-            {"samples": keyed, "images": images}
-            | "JoinImages" >> beam.CoGroupByKey()
-            | "ToJudge" >> beam.FlatMap(_joined).with_output_types(beam.typehints.Tuple[bytes, Judged])
+            {"samples": told, "kept": inputs["kept"]}
+            | "LocateImages" >> LocateImages()
+            | "ToJudge"
+            >> beam.Map(lambda located: (located.sample.sample_id, located)).with_output_types(
+                beam.typehints.Tuple[bytes, Located]
+            )
             | "AskModel"
             >> AskModel(
                 JudgeConversation(self.method),
                 self.backend,
-                Judged,
+                Located,
                 Sample,
                 [DECISIONS, DEAD],
                 self.progress,
