@@ -14,7 +14,7 @@ from synthesis.prompts import Prompt
 from synthesis.taxonomy import Taxonomy
 
 PROMPT = "annotate"
-MAX_TYPES, MAX_TOKENS = 3, 256
+MAX_TYPES = 3
 MAX_TURNS, MAX_TURN_CHARS = 12, 600
 _OBJECT = re.compile(r"\{.*\}", re.DOTALL)
 
@@ -41,7 +41,7 @@ def annotate(
     schema, error = answer_schema(taxonomy), ""
     for calls in (1, 2):
         text = prompt.render(types=taxonomy.types, conversation=spoken, error=error)
-        answer = backend.chat(Ask(text, max_tokens=MAX_TOKENS, schema=schema)).text
+        answer = backend.chat(Ask(text, max_tokens=prompt.max_tokens, schema=schema)).text
         try:
             return Annotation(types_in(answer, taxonomy), calls)
         except ValueError as wrong:

@@ -55,6 +55,12 @@ SAMPLE_INPUTS: Mapping[str, Mapping[str, Any]] = {
     "judge_answers": {**_ABOUT, **_QUESTION, "answers": [("word", "Red"), ("brief", _BRIEF)]},
     "everything": {**_ABOUT, **_EXAMPLES, **_FORMS},
     "judge_existing": {"turns": [("human", "What color is the kite?"), ("gpt", "Red.")], "pictures": 1},
+    "annotate": {
+        "types": ["OCR/Text recognition"],
+        "conversation": [Turn("human", "What does the sign say?"), Turn("gpt", "Stop.")],
+        "error": "",
+    },
+    "tags": {"max_tags": 12},
     "question_text_only": _ABOUT,
     "answer_text_only": {**_ABOUT, **_QUESTION},
 }
