@@ -17,7 +17,7 @@ _TYPES: Mapping[str, Callable[[Any], bool]] = {
     "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
     "null": lambda value: value is None,
 }
-_WORDS = frozenset({"title", "description"})
+_PASSED = frozenset({"type", "title", "description"})
 _BOUNDS: Mapping[str, tuple[Callable[[Any], Any], Callable[[Any, Any], bool], str]] = {
     "minimum": (lambda value: value, lambda found, bound: found >= bound, "is less than"),
     "maximum": (lambda value: value, lambda found, bound: found <= bound, "is more than"),
@@ -71,12 +71,11 @@ def _no_constant(name: str) -> None:
 
 
 def _check(value: Any, schema: Mapping[str, Any], place: str) -> None:
-    # The type first: bounds of another type cannot be compared.
-    for word, wanted in sorted(schema.items(), key=lambda item: item[0] != "type"):
-        if word == "type":
-            if not _TYPES[wanted](value):
-                raise DoesNotFit(f"{place} is not of type {wanted}")
-        elif word == "enum":
+    # First, since what else is asked of a value takes its type for granted.
+    if "type" in schema and not _TYPES[schema["type"]](value):
+        raise DoesNotFit(f"{place} is not of type {schema['type']}")
+    for word, wanted in schema.items():
+        if word == "enum":
             if not any(value == allowed and type(value) is type(allowed) for allowed in wanted):
                 raise DoesNotFit(f"{place} is none of {json.dumps(wanted)}")
         elif word == "properties":
@@ -98,5 +97,5 @@ def _check(value: Any, schema: Mapping[str, Any], place: str) -> None:
             size, holds, what = _BOUNDS[word]
             if not holds(size(value), wanted):
                 raise DoesNotFit(f"{place} {what} {wanted}")
-        elif word not in _WORDS:
+        elif word not in _PASSED:
             raise TypeError(f"the schema's word '{word}' is not checked")
