@@ -30,7 +30,7 @@ def judge_existing(
     """Grade a conversation as a whole; then, where its answers are short, ask its questions again and compare.
 
     `low_judge` below `judge_min`; `answer_disputed` where the model's own answer to a question about one image says something else.
-    Raises VlmFailure, BadData.
+    `about` is what its calls have in common, its image. Raises VlmFailure, BadData.
     """
     prompts = method.prompts
 

@@ -28,7 +28,8 @@ class JudgeConversation(NamedTuple):
     def run(self, item: Located, backend: ChatBackend, picture_of: PictureOf) -> Judgement:
         ids = item.sample.image_ids
         pictures = [picture_of(*pair) for pair in zip(ids, item.images, strict=True)]
-        return judge_existing(item.sample.conversation, pictures, backend, self.method, item.sample.sample_id)
+        about = ids[0] if ids else item.sample.sample_id
+        return judge_existing(item.sample.conversation, pictures, backend, self.method, about)
 
     def outputs(self, item: Located, result: Judgement) -> Iterator[Any]:
         sample = item.sample
