@@ -14,7 +14,7 @@ from images.sources.source import Source
 from shards.errors import BadData, BadRequest
 from shards.ids import canonical_json, digest
 from shards.records import Origin
-from synthesis.annotate import PROMPT, Annotation, annotate
+from synthesis.annotate import PROMPT, annotate
 from synthesis.backend import ChatBackend
 from synthesis.prompts import load_prompt
 from synthesis.taxonomy import Taxonomy
@@ -59,7 +59,7 @@ def annotate_file(
     done = _done(output, how)
     counts = {"annotated": 0, "known": 0, "dead": 0}
 
-    def asked(one: _Record) -> Annotation | BadData:
+    def asked(one: _Record) -> list[str] | BadData:
         try:
             if isinstance(one.record, BadData):
                 raise one.record
@@ -68,7 +68,7 @@ def annotate_file(
         except BadData as error:
             return error
 
-    def settle(one: _Record, answer: Annotation | BadData) -> None:
+    def settle(one: _Record, answer: list[str] | BadData) -> None:
         if isinstance(answer, BadData):
             counts["dead"] += 1
             letter = {
@@ -81,13 +81,11 @@ def annotate_file(
             dead.write(canonical_json(letter) + b"\n")
         else:
             counts["annotated"] += 1
-            told = {**how, "record_sha256": one.key, "calls": answer.calls}
-            out.write(
-                canonical_json({**one.record, "instruction_tags": list(answer.types), FIELD: told}) + b"\n"
-            )
+            told = {**how, "record_sha256": one.key}
+            out.write(canonical_json({**one.record, "instruction_tags": list(answer), FIELD: told}) + b"\n")
             out.flush()
 
-    waiting = deque[tuple[_Record, Future[Annotation | BadData]]]()
+    waiting = deque[tuple[_Record, Future[list[str] | BadData]]]()
     with (
         output.open("ab") as out,
         dead_path.open("wb") as dead,

@@ -103,7 +103,6 @@ CODES: Mapping[str, str] = {
     "vlm_unanswered": "The ledger holds another answer to an earlier call than the one that its chain went on from; a later run goes on from that.",
     "vlm_no_evidence": "The model sees no images, and there was neither a tag nor a caption to tell it.",
     "vlm_bad_question": "What the model wrote is not one question of its own words.",
-    "vlm_bad_annotation": "What the model wrote names no instruction types of the taxonomy, also when it was told so.",
     "no_instruction_tag": "The seed record has no `instruction_tags`.",
     "unknown_type": "An instruction tag of the seed record is no type of the taxonomy, or could be several.",
     "vlm_bad_answer": "What the model wrote says nothing, too much, or only the question again.",

@@ -17,6 +17,7 @@ import yaml
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from shards.errors import BadRequest
+from shards.records import Turn
 
 PROMPTS = Path(__file__).parent / "data" / "prompts"
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n(.*)\Z", re.DOTALL)
@@ -58,7 +59,6 @@ SAMPLE_INPUTS: Mapping[str, Mapping[str, Any]] = {
     "annotate": {
         "types": ["OCR/Text recognition"],
         "conversation": [Turn("human", "What does the sign say?"), Turn("gpt", "Stop.")],
-        "error": "",
     },
     "tags": {"max_tags": 12},
     "question_text_only": _ABOUT,

@@ -8,8 +8,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from shards.records import Tag
-from synthesis.backend import Ask, ChatBackend, Picture, schema_of
 from synthesis.answers import plain_text
+from synthesis.backend import Ask, ChatBackend, Picture, schema_of
 from synthesis.prompts import Prompt, load_prompt
 
 MAX_TAGS, MAX_TAG_CHARS = 12, 40

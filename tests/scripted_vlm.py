@@ -39,6 +39,8 @@ class ScriptedModel:
         pictures, text = told(body)
         seen = hashlib.sha256(b"".join(pictures[:1])).hexdigest()
         kind = kind_of(text)
+        if kind == "other" and "response_format" in body and body["max_tokens"] <= 64:
+            return '{"colour": "red", "sure": true}'  # a probe for schemas
         if self.rules is not None and (said := self.rules(kind, text, seen)) is not None:
             return said
         return says(kind, text, seen)

@@ -38,7 +38,10 @@ def flags_of_commands() -> set[str]:
     from training.options import TrainOptions
 
     known = {"--help", *map(flag, TrainOptions.model_fields)}
-    for command in get_command(app).commands.values():  # type: ignore[attr-defined]
+    commands = list(get_command(app).commands.values())  # type: ignore[attr-defined]
+    while commands:
+        command = commands.pop()
+        commands += getattr(command, "commands", {}).values()
         for parameter in command.params:
             known |= {flag for flag in (*parameter.opts, *parameter.secondary_opts) if flag.startswith("--")}
     return known
@@ -52,7 +55,8 @@ def test_flags_that_the_docs_name_exist(page: Path) -> None:
         *("--runner", "--direct_running_mode", "--direct_num_workers", "--direct_num_wrokers"),
         *("--s3_access_key_id", "--s3_secret_access_key", "--s3_region_name", "--s3_endpoint_url"),
         *("--rounds", "--images", "--originals", "--queries", "--plot", "--clusters", "--samples", "--only"),
-        *("--lookalikes", "--encoder"),
+        *("--lookalikes", "--encoder", "--shape", "--side", "--tokens"),
+        *("--host", "--port", "--limit-mm-per-prompt"),  # of vllm
     }
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()))
     assert named <= known, named - known

@@ -15,6 +15,7 @@ from beam_pipelines.prepare import call_limits, prepare_synthesis
 from images.fetch import Reach
 from images.web import WebOptions
 from shards.errors import BadRequest
+from shards.snapshot import Destination
 from synthesis.backend import Ask
 from synthesis.limits import Limits, Prices
 from tests.hostile_vlm import several
@@ -61,10 +62,11 @@ def test_urls_repeat_and_one_is_one() -> None:
     assert one.affecting_bytes() == other.affecting_bytes()
 
 
-def test_what_is_prepared_travels_closed_and_calls_where_it_opens() -> None:
+def test_what_is_prepared_travels_closed_and_calls_where_it_opens(tmp_path: Path) -> None:
     with several(2, share=0.0) as servers:
         wanted = options(vlm_base_url=[server.base_url for server in servers], vlm_rate=50)
-        synthesis = prepare_synthesis(wanted, Reach(WebOptions()), call_limits(wanted, LOCAL), "a run")
+        to = Destination(str(tmp_path), "a run")
+        synthesis = prepare_synthesis(to, wanted, Reach(WebOptions()), call_limits(wanted, LOCAL))
         assert synthesis is not None and synthesis.note == "a-model at 2 servers"
         client = pickle.loads(pickle.dumps(synthesis.backend)).client
         with client:
@@ -86,6 +88,10 @@ def test_a_run_within_a_budget_leaves_the_rest_for_later_and_the_key_nowhere(
                 "vlm_api_key_env": "CANARY_KEY",
                 "vlm_concurrency": 1,
                 "token_budget": 300,
+                "answer_forms": "word",
+                "relevance": False,
+                "agreement": False,
+                "judge_min": 0,
             }
         )
         snapshot = curate(wanted, console=Console(file=said))

@@ -8,14 +8,16 @@ from beam_pipelines.annotate_seed import annotate_file
 from beam_pipelines.cli import _progress
 from shards.errors import BadRequest
 from shards.records import Turn
-from synthesis.annotate import annotate, answer_schema, types_in
+from synthesis.annotate import annotate, answer_schema
 from synthesis.backend import Ask, Reply, VlmFailure
 from synthesis.prompts import load_prompt
+from synthesis.structured import DoesNotFit, fitting_json
 from synthesis.taxonomy import open_taxonomy
 
 TAXONOMY = open_taxonomy("infinity_mm_normalised")
 PROMPT = load_prompt("annotate")
 ANIMALS = "Coarse Perception/Image Topic/Identify animals"
+OCR = next(name for name in TAXONOMY.types if "OCR" in name)
 TURNS = [Turn("human", "<image>\nWhich \x1b[1manimal\x1b[0m is this?"), Turn("gpt", "A fox.")]
 
 
@@ -36,45 +38,33 @@ class Answers:
         return Reply(answer)
 
 
-def test_an_answer_is_read_and_checked() -> None:
-    backend = Answers('Sure: {"types": ["identify animals", "Recognize color"]}')
-    done = annotate(TURNS, TAXONOMY, backend, PROMPT)
-    assert done.types[0] == ANIMALS and len(done.types) == 2 and done.calls == 1
+def test_an_answer_is_of_the_taxonomy() -> None:
+    backend = Answers(json.dumps({"types": [ANIMALS, OCR, ANIMALS]}))
+    assert annotate(TURNS, TAXONOMY, backend, PROMPT) == [ANIMALS, OCR]
     (ask,) = backend.asks
     assert "human: Which animal is this?" in ask.prompt and "\x1b" not in ask.prompt
     assert all(name in ask.prompt for name in TAXONOMY.types) and not ask.pictures
     assert json.loads(ask.schema)["properties"]["types"]["items"]["enum"] == list(TAXONOMY.types)
     assert ask.schema == answer_schema(TAXONOMY)
-
-
-def test_a_wrong_answer_is_told_so_once() -> None:
-    backend = Answers('{"types": ["Identify animal"]}', json.dumps({"types": [ANIMALS]}))
-    assert annotate(TURNS, TAXONOMY, backend, PROMPT) == ([ANIMALS], 2)
-    assert "could not be used" not in backend.asks[0].prompt
-    assert "'Identify animal' is not in the taxonomy" in backend.asks[1].prompt
-    with pytest.raises(VlmFailure, match="0 types") as caught:
-        annotate(TURNS, TAXONOMY, Answers("no", '{"types": []}'), PROMPT)
-    assert caught.value.code == "vlm_bad_annotation"
     with pytest.raises(VlmFailure) as caught:
         annotate([Turn("gpt", "A fox.")], TAXONOMY, Answers(), PROMPT)
     assert caught.value.code == "vlm_no_evidence"
 
 
 @pytest.mark.parametrize(
-    ("answer", "says"),
+    "answer",
     [
-        ("", "not a JSON object"),
-        ('{"types": "x"}', "not a JSON object"),
-        ('{"types": [1]}', "not a JSON object"),
-        ("[" * 100_000, "not a JSON object"),
-        ('{"types": ["Identify animals"', "not a JSON object"),
-        (json.dumps({"types": [ANIMALS] * 4}), "named 4 types"),
-        (json.dumps({"types": ["Recognize geometric properties"]}), "could be"),
+        "",
+        '{"types": "x"}',
+        '{"types": []}',
+        '{"types": ["Identify animal"]}',
+        '{"types": ["Identify animals"',
+        json.dumps({"types": [ANIMALS] * 4}),
     ],
 )
-def test_what_is_no_answer_is_told_why(answer: str, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        types_in(answer, TAXONOMY)
+def test_what_is_no_answer_does_not_fit(answer: str) -> None:
+    with pytest.raises(DoesNotFit):
+        fitting_json(answer, answer_schema(TAXONOMY))
 
 
 def good(*names: str) -> str:

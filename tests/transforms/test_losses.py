@@ -186,7 +186,7 @@ def test_false_answers_have_the_highest_losses(tiny_vlm: LocalVlm, scene: Scene,
 def test_what_was_written_here_is_counted_as_the_conversation_of_its_image(
     tiny_vlm: LocalVlm, scene: Scene, tmp_path: Path
 ) -> None:
-    written = Provenance("vlm", "a-model", "type", [], [])
+    written = Provenance("vlm", "a-model", [], [])
     samples = [sample._replace(provenance=written) for sample in scene.samples[:3]]
     gave, _ = run(samples, scene, source(tiny_vlm, tmp_path), LossRule(0.5, "all"))
     (row,) = gave["decisions"]

@@ -379,11 +379,10 @@ def test_collected_conversations_are_judged_once(planned, server, tmp_path) -> N
     assert judged(nowhere) == found and server.total == before
 
 
-def test_a_recipe_names_all_that_makes_the_bytes(planned, tmp_path) -> None:
-    from transforms.calls import _unseen, picture_of
+def test_a_recipe_names_all_that_makes_the_bytes(planned) -> None:
+    from transforms.pictures import picture_of, picture_recipe
 
     image = planned[0]
-    backend = backend_of("http://127.0.0.1:9", str(tmp_path))
-    seen = picture_of(image.image_id, image.source_image, backend, None)  # type: ignore[arg-type]
-    assert seen.recipe == _unseen(image.image_id, image.source_image, 4000).recipe
+    seen = picture_of(image.image_id, image.source_image, 4000, None, None)  # type: ignore[arg-type]
+    assert seen.recipe == picture_recipe(image.image_id, 4000)
     assert DECODER in seen.recipe and "4000" in seen.recipe and image.image_id.hex() in seen.recipe
