@@ -291,7 +291,7 @@ class CurateOptions(BaseModel):
     )
     tagger: list[str] = option(
         ["classes"],
-        "What gives tags: `classes` (of the encoder), a file of `shardmill fit-tagger`, `ocr`, `safety`, or `module:function` of your own. Repeatable.",
+        "What gives tags: `classes` (of the encoder), a file of `shardmill fit-tagger`, `ocr`, `safety`, `vlm`, or `module:function` of your own. Repeatable.",
         affects_bytes=False,
         group="Encoder and tags",
     )
@@ -512,7 +512,7 @@ class CurateOptions(BaseModel):
         "Synthesise at most N samples, best planned images first.",
         affects_bytes=True,
         group="Synthesis",
-        ge=1,
+        ge=0,
     )
 
     answer_forms: str = option(

@@ -29,7 +29,7 @@ from beam_pipelines.sources import (
 from beam_pipelines.wording import plural
 from embeddings.duplicates import DuplicateRule, Group
 from embeddings.encoder import Encoder, EncoderSpec, load_encoder
-from embeddings.pixel_taggers import is_pixel_tagger, open_tagger
+from embeddings.pixel_taggers import VLM, is_pixel_tagger
 from images.align import ALIGNER
 from images.decode import Limits as DecodeLimits
 from images.decode import decoder_of
@@ -354,7 +354,8 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
     stored = base.stored_packs() if base else []
     memory = recall_from(to, options, model)
     search, against = search_for(to, options, model), kept_packs(options.against)
-    align, tags = align_rule(to, options, reach), tagging(to, options, model, reach)
+    who = synthesis.backend if synthesis is not None else None
+    align, tags = align_rule(to, options, reach), tagging(to, options, model, reach, who)
     affecting = options.affecting_bytes() | {
         "encoder_weights": model.weights_sha256,
         "batch_size": model.batch_size,
@@ -504,8 +505,11 @@ def align_rule(to: Destination, options: CurateOptions, reach: Reach) -> AlignRu
     return AlignRule(options.geometric_cosine, options.geometric_neighbours, reach, known)
 
 
-def tagging(to: Destination, options: CurateOptions, model: Encoder, reach: Reach) -> Tagging:
-    """Open all taggers once. Raises BadRequest."""
+def tagging(
+    to: Destination, options: CurateOptions, model: Encoder, reach: Reach, asked: Backend | None
+) -> Tagging:
+    """Open all taggers once. `asked` is whom synthesis asks. Raises BadRequest."""
+    vlm = asked.client if asked is not None and asked.max_pixels is not None else None
     names = list(dict.fromkeys(options.tagger))
     heads = [name for name in names if name != "classes" and not is_pixel_tagger(name)]
     told = ["classes"] if "classes" in names else []
@@ -519,15 +523,18 @@ def tagging(to: Destination, options: CurateOptions, model: Encoder, reach: Reac
         if head.encoder != model.fingerprint:
             raise BadRequest(f"--tagger {path}: was fitted on vectors of another encoder ({head.encoder})")
         told.append(sha256)
-    fingerprints = {name: open_tagger(name).fingerprint for name in names if is_pixel_tagger(name)}
+    if VLM in names and vlm is None:
+        raise BadRequest("--tagger vlm: needs a model that sees images: --vlm-base-url or --vlm-local")
+    look = LookRule({}, reach, vlm=vlm)
+    fingerprints = {name: look.open(name).fingerprint for name in names if is_pixel_tagger(name)}
     rule = TagRule(
         model.class_names if "classes" in names else (), options.tag_min_score, options.max_tags, tuple(heads)
     )
     known = [
         segment for storage in ledgers_of(to, options) for segment in Ledger(storage, TagsRow).segments()
     ]
-    look = LookRule(fingerprints, reach, known) if fingerprints else None
-    return Tagging(rule, look, [*told, *fingerprints.values()])
+    looking = look._replace(fingerprints=fingerprints, known=known) if fingerprints else None
+    return Tagging(rule, looking, [*told, *fingerprints.values()])
 
 
 def recall_from(to: Destination, options: CurateOptions, model: Encoder) -> Memory:

@@ -77,9 +77,13 @@ _BUNDLED: dict[str, tuple[Any, str]] = {
 }
 
 
+VLM = "vlm"
+"""The run's own vision-language model: see synthesis/tagging.py."""
+
+
 def is_pixel_tagger(name: str) -> bool:
-    """Whether a --tagger names one of these: `ocr`, `safety`, or `module:function`, which gives a PixelTagger when it is called."""
-    return name in _BUNDLED or (":" in name and "/" not in name and not name.endswith(".safetensors"))
+    """Whether a --tagger names one of these: `ocr`, `safety`, `vlm`, or `module:function`, which gives a PixelTagger when it is called."""
+    return name in {*_BUNDLED, VLM} or (":" in name and "/" not in name and not name.endswith(".safetensors"))
 
 
 def open_tagger(name: str) -> PixelTagger:

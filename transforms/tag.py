@@ -13,7 +13,7 @@ from apache_beam.metrics import Metrics
 from apache_beam.pvalue import TaggedOutput
 from apache_beam.typehints.decorators import no_annotations
 
-from embeddings.pixel_taggers import PixelTagger, open_tagger
+from embeddings.pixel_taggers import VLM, PixelTagger, open_tagger
 from embeddings.tagger import LinearTagger, tagger_from
 from images.decode import DECODER, rgb_from, rgb_of
 from images.fetch import Reach, decoders_of
@@ -22,6 +22,8 @@ from shards.ids import canonical_json, digest
 from shards.ledger import Ledger, Segment, TagsRow
 from shards.records import EmbeddedImage, MediaRef, SourceImage, Tag, TaggedImage
 from shards.snapshot import Destination
+from synthesis.backends import ModelBackend
+from synthesis.tagging import VlmTagger
 from transforms.filesystems import fetcher_of
 from transforms.ledgers import ReadLedger
 
@@ -129,11 +131,19 @@ class TagImages(beam.PTransform):
 
 
 class LookRule(NamedTuple):
-    """Which models look at images: fingerprints by the names that `open_tagger` takes. How bytes are reached, and what ledgers know."""
+    """Which models look at images: fingerprints by the names that `open_tagger` takes. How bytes are reached, and what ledgers know.
+
+    `vlm` is the backend of the tagger of that name.
+    """
 
     fingerprints: Mapping[str, str]
     reach: Reach
     known: Sequence[Segment] = ()
+    vlm: ModelBackend | None = None
+
+    def open(self, name: str) -> PixelTagger:
+        """Raises BadRequest where it cannot be had."""
+        return VlmTagger(self.vlm) if name == VLM and self.vlm is not None else open_tagger(name)
 
 
 def tags_key(image_id: bytes, fingerprint: str) -> bytes:
@@ -159,7 +169,7 @@ class _Look(beam.DoFn):
     def process(self, wanted: tuple[bytes, Wanted]) -> Iterator[tuple[bytes, list[Tag]]]:
         key, (name, image_id, ref) = wanted
         if name not in self._taggers:
-            self._taggers[name] = open_tagger(name)
+            self._taggers[name] = self._rule.open(name)
         reach = self._rule.reach
         try:
             encoded = fetcher_of(reach).fetch_again(ref, image_id)
@@ -178,6 +188,8 @@ class _Look(beam.DoFn):
 
     def teardown(self) -> None:
         self._pool.close()
+        if self._rule.vlm is not None:
+            self._rule.vlm.close()
 
 
 class _Recall(beam.DoFn):

@@ -58,8 +58,9 @@ def test_false_answers_leave_and_a_rerun_asks_nothing_again(
     asked = {turn.value for sample in snapshot.samples() for turn in sample.conversation[:1]}
     assert len(snapshot.manifest.media) > 0 and asked == {f"<image>\n{QUESTION}"}
     # It has words for two colours, and none for a question.
-    dead = snapshot.table("dead").to_pylist()
-    assert [row["code"] for row in dead] == ["vlm_bad_question"] and manifest.synthesised == 0
+    assert (
+        manifest.codes["conversation/filtered/synthesise/vlm_bad_question"] == 1 and manifest.synthesised == 0
+    )
     assert manifest.options["vlm_model"] == manifest.options["loss_model"] == tiny_vlm.model
     assert str(tiny_folder) not in json.dumps(manifest.options)
     assert "at most 0.34 dropped per source" in capfd.readouterr().err

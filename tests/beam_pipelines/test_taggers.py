@@ -1,5 +1,6 @@
 """Tags of heads, of models that look, and of a user's own."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from shards.errors import BadData, BadRequest
 from shards.ledger import Ledger, TagsRow
 from shards.records import Tag
 from shards.snapshot import Snapshot
+from tests.scripted_vlm import scripted_server
 
 looked: list[tuple[int, ...]] = []
 
@@ -131,6 +133,22 @@ def test_models_that_look_are_asked_once(documents: Path, tmp_path: Path) -> Non
     assert again.id == first.id
     # What it would not look at is no fact, and is asked for again.
     assert len(looked) == 3 and len(rows) == 3
+
+
+def test_the_runs_own_model_tags_what_it_sees(documents: Path, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for seed in range(3):
+        shutil.copy(documents / "chart" / f"{seed}.png", pictures)
+    listed = json.dumps({"tags": ["Bar  chart", "colour\x1b[1m key", "bar chart", "x" * 99]})
+    with scripted_server(lambda kind, *_: listed if kind == "other" else None) as server:
+        options = {"tagger": ["vlm"], "max_samples": 0, "vlm_base_url": [server.url]}
+        first = curated(tmp_path / "out", pictures, **options)
+        assert set(map(tuple, tags_by_name(first).values())) == {("bar chart", "colour key")}
+        assert server.total == 3 and first.manifest.synthesised == 0
+        assert curated(tmp_path / "out", pictures, **options).id == first.id and server.total == 3
+    with pytest.raises(BadRequest, match="--tagger vlm: needs a model that sees"):
+        curated(tmp_path / "other", pictures, tagger=["vlm"])
 
 
 def test_text_is_told_from_none(documents: Path, corpus: list[Path], tmp_path: Path) -> None:
