@@ -10,6 +10,7 @@ import apache_beam as beam
 from rich.console import Console
 
 from beam_pipelines.embed_references import EmbedReferences
+from beam_pipelines.estimate import tried_text
 from beam_pipelines.launch import ProgressReport, run_pipeline
 from beam_pipelines.options import CurateOptions
 from beam_pipelines.prepare import Job, error_rates, filter_rule, plan_text, prepare
@@ -274,11 +275,14 @@ def curate(
     """
     console = console or Console(stderr=True)
     prepared = prepare(options, beam_args)
-    job, model, pipeline_options = prepared.job, prepared.model, prepared.pipeline_options
-    plan = plan_text(prepared)
     if options.dry_run:
-        console.print(plan, highlight=False, soft_wrap=True)
+        console.print(plan_text(prepared), highlight=False, soft_wrap=True)
         return None
+    if said := tried_text(options, prepared, lambda smaller, quiet: curate(smaller, beam_args, quiet)):
+        console.print(said, highlight=False, soft_wrap=True)
+        prepared = prepare(options, beam_args)  # with what the ledger knows now
+    plan = plan_text(prepared)
+    job, model, pipeline_options = prepared.job, prepared.model, prepared.pipeline_options
 
     def construct(pipeline: beam.Pipeline) -> None:
         build(pipeline | "Sources" >> beam.Create(job.sources), job, model)

@@ -488,6 +488,14 @@ class CurateOptions(BaseModel):
     vlm_price_out: float = option(
         0, "Price of a million answer tokens.", affects_bytes=False, group="Synthesis", ge=0
     )
+    vlm_probe: int = option(
+        50,
+        "Images whose calls are made first, where there are four times as many, to say what all of them will cost. 0: none.",
+        affects_bytes=False,
+        group="Synthesis",
+        ge=0,
+        le=10_000,
+    )
     vlm_budget_s: float = option(
         0,
         "Seconds from the start of the run after which no call is begun. 0: no limit.",

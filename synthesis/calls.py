@@ -49,7 +49,7 @@ class KnownCalls:
             if self._backend is None:
                 raise VlmFailure("vlm_unanswered", "no answer is in the ledger")
             self.asked += 1
-            reply = self._backend.chat(ask, affinity)
+            reply = self._backend.chat(ask, affinity or self._image_id)
             if ask.schema:
                 json_of(reply.text, ask.schema)
             row = CallRow(key, self._image_id, reply.text, reply.prompt_tokens, reply.completion_tokens)

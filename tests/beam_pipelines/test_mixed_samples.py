@@ -22,8 +22,9 @@ from shards.ids import image_id_of
 from shards.records import SourceSample
 from shards.snapshot import open_snapshot
 from tests.beam_pipelines.requests import sources_of
+from tests.proof.counts import count
 
-SAMPLES, PICTURES, MAX_IMAGES = 1000, 60, 8
+SAMPLES, PICTURES, MAX_IMAGES = count(1000, 400), 60, 8
 BROKEN = 7
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from beam_pipelines.cli import run as command_line
 from beam_pipelines.curate_images import curate
@@ -95,6 +96,20 @@ def test_a_seeing_model_is_sent_our_own_small_jpeg(llava: str, tmp_path: Path) -
         assert sample.provenance.model == "scripted-vlm" and sample.language == "en"
         assert sample.provenance.calls[0].prompt_id.startswith("everything/v1@")
         assert sample.image_ids[0] in snapshot.media
+
+
+def test_a_few_images_tell_what_all_will_cost(llava: str, tmp_path: Path) -> None:
+    said = io.StringIO()
+    with scripted_server() as server:
+        options = {"vlm_probe": 2, "vlm_price_in": 1.0, "fuse_calls": "all", "answer_forms": "word"}
+        values = {"input": [llava], "output": str(tmp_path / "out"), "vlm_base_url": server.url, **options}
+        with_probe = curate(parse_options(values), console=Console(file=said, width=500))
+        asked = server.total
+        without = run(llava, tmp_path / "other", server.url, **{**options, "vlm_probe": 0})
+        assert asked == server.total - asked == 8, "nothing is asked twice"
+    assert with_probe is not None and content(with_probe) == content(without)
+    (line,) = [line for line in said.getvalue().splitlines() if "synthesis will take about" in line]
+    assert "about 8 calls" in line and "cost" in line and "tried on 2 of 8 images" in line
 
 
 def test_collected_conversations_are_judged_where_that_is_asked_for(llava: str, tmp_path: Path) -> None:

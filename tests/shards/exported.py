@@ -10,7 +10,7 @@ from PIL import Image
 
 from shards.export import FORMATS
 from shards.ids import image_id_of, sample_id_of
-from shards.records import FROM_SOURCE, Origin, Provenance, Sample, Tag, Turn
+from shards.records import FROM_SOURCE, Origin, Provenance, Question, Sample, Tag, Turn
 from shards.snapshot import Funnel, Snapshot, open_snapshot
 from tests.made_snapshots import commit_made
 
@@ -84,7 +84,7 @@ class Made:
     def __init__(self, out: Path) -> None:
         self.pictures = [picture(20 * place, name) for place, name in enumerate(EXTENSIONS)]
         png, jpeg, webp, gif, bmp, tiff, avif, ppm = self.pictures
-        made_by_vlm = Provenance("vlm", "a-model", "perception/scene", ("fox",), ())
+        made_by_vlm = Provenance("vlm", "a-model", [Question("perception/scene", ("fox",), "kept")], ())
         self.images: dict[str, list[bytes]] = {}
         self.samples: list[Sample] = []
         for images, *rest in (
