@@ -90,8 +90,9 @@ def test_a_thousand_with_four_faults_lose_four() -> None:
     started, before = time.perf_counter(), psutil.Process().memory_info().rss
     with DecodePool(LIMITS, workers=2, seconds=1) as pool:
         results = list(pool.map(decode_or_fail, iter(encoded), GEOMETRY, LIMITS))
-        # The two that died in a batch and again alone, the loop likewise; a MemoryError ends no process.
-        assert pool.lost == 6
+        # The two that died in a batch and again alone, the loop likewise unless its neighbour had ended their batch; a MemoryError
+        # ends no process.
+        assert pool.lost in (5, 6)
     assert time.perf_counter() - started < 60
     assert {at: code for at, code in enumerate(codes(results)) if code} == {
         at: code for at, (_, code) in planted.items()
