@@ -1,3 +1,4 @@
+import gc
 import io
 import json
 import os
@@ -317,10 +318,13 @@ def test_closing_leaves_no_process_and_no_file() -> None:
     with DecodePool(LIMITS, workers=2) as pool:
         list(pool.map(decode_or_fail, [tiny(0), b"segfault", tiny(1)], GEOMETRY, LIMITS))
         waiting = pool.map(decode_or_fail, [b"sleep"] * 3 + [tiny(1)], GEOMETRY, LIMITS)
-        threading.Timer(0.3, pool.close).start()
+        closing = threading.Timer(0.3, pool.close)
+        closing.start()
         with pytest.raises(SandboxBroken):
             next(waiting)
         waiting.close()
+    closing.join()
+    gc.collect()
     # Others in this process may end meanwhile.
     assert process.num_fds() <= files
     assert len(process.children(recursive=True)) <= children
