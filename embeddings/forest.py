@@ -32,6 +32,9 @@ Signal = Literal["cosine", "phash"]
 _ROWS, _COLUMNS = 1024, 8192
 """Pairs looked at together; the matrix of their scores is 32 MB."""
 _FIRST_ROWS, _GROWTH = 8, 16
+_UNCUT = 512
+"""Rows that are not worth cutting up."""
+_FEW = 256
 _JOIN_AT = 256
 """Duplicate pairs from which on they are joined at once; joining takes a millisecond, as much as proposing in a small bucket."""
 _OWN_QUERY = 32
@@ -237,31 +240,59 @@ class _Trees:
         apart = np.flatnonzero(a != b)
         if not len(apart):
             return
-        labels, ends = np.unique(np.stack([a[apart], b[apart]]), return_inverse=True)
-        low, high = np.sort(ends.reshape(2, -1), axis=0)
-        pairs, first = np.unique(low * len(labels) + high, return_index=True)
-        low, high = np.divmod(pairs, len(labels))
-        # Weights say which pair an entry is, and are not 0, which would be no entry.
-        graph = coo_matrix((np.arange(1, len(pairs) + 1), (low, high)), (len(labels),) * 2)
-        tree = minimum_spanning_tree(graph)
-        chosen = apart[first[tree.data.astype(np.intp) - 1]]
+        chosen, labels, smallest = (_few_joined if len(apart) <= _FEW else _joined)(a[apart], b[apart])
+        chosen = apart[chosen]
         self.edges.append(np.stack([ours[chosen], theirs[chosen]], axis=1))
-        _, component = connected_components(tree, directed=False)
-        smallest = np.full(component.max() + 1, labels[-1])
-        np.minimum.at(smallest, component, labels)
         renamed = np.searchsorted(labels, self.label)
         renamed[renamed == len(labels)] = 0
         moved = labels[renamed] == self.label
-        self.label[moved] = smallest[component[renamed[moved]]]
+        self.label[moved] = smallest[renamed[moved]]
 
     def all_edges(self) -> npt.NDArray[np.intp]:
         self._join_open()
         return np.concatenate([*self.edges, np.empty((0, 2), np.intp)])
 
 
+_Joined = tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], npt.NDArray[np.intp]]
+"""Which pairs join trees, the sorted labels of all, and the smallest label of the tree that each is in now."""
+
+
+def _few_joined(a: npt.NDArray[np.intp], b: npt.NDArray[np.intp]) -> _Joined:
+    """One pair after another: scipy takes longer to begin."""
+    parent: dict[int, int] = {}
+
+    def root(label: int) -> int:
+        while (above := parent.setdefault(label, label)) != label:
+            parent[label] = label = parent[above]
+        return label
+
+    chosen = []
+    for place, (one, other) in enumerate(zip(a.tolist(), b.tolist(), strict=True)):
+        low, high = sorted((root(one), root(other)))
+        if low != high:
+            parent[high] = low
+            chosen.append(place)
+    labels = sorted(parent)
+    return np.array(chosen), np.array(labels), np.array([root(label) for label in labels])
+
+
+def _joined(a: npt.NDArray[np.intp], b: npt.NDArray[np.intp]) -> _Joined:
+    labels, ends = np.unique(np.stack([a, b]), return_inverse=True)
+    low, high = np.sort(ends.reshape(2, -1), axis=0)
+    pairs, first = np.unique(low * len(labels) + high, return_index=True)
+    low, high = np.divmod(pairs, len(labels))
+    # Weights say which pair an entry is, and are not 0, which would be no entry.
+    graph = coo_matrix((np.arange(1, len(pairs) + 1), (low, high)), (len(labels),) * 2)
+    tree = minimum_spanning_tree(graph)
+    _, component = connected_components(tree, directed=False)
+    smallest = np.full(component.max() + 1, labels[-1])
+    np.minimum.at(smallest, component, labels)
+    return first[tree.data.astype(np.intp) - 1], labels, smallest[component]
+
+
 def _row_blocks(rows: npt.NDArray[np.intp]) -> Iterator[npt.NDArray[np.intp]]:
-    """Small blocks first: where much is alike, the first rows join it all."""
-    start, size = 0, _FIRST_ROWS
+    """Small blocks first: where much is alike, the first rows join it all. Few rows are looked at as soon as they are cut up."""
+    start, size = 0, _FIRST_ROWS if len(rows) > _UNCUT else _UNCUT
     while start < len(rows):
         yield rows[start : start + size]
         start, size = start + size, min(size * _GROWTH, _ROWS)

@@ -71,6 +71,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forest, "_COLUMNS", 24)
     monkeypatch.setattr(forest, "_OWN_QUERY", 4)
     monkeypatch.setattr(forest, "_JOIN_AT", 64)
+    monkeypatch.setattr(forest, "_UNCUT", 8)
+    monkeypatch.setattr(forest, "_FEW", 6)
 
 
 @settings(max_examples=60, deadline=None)
@@ -121,7 +123,8 @@ def test_only_what_is_new_is_compared() -> None:
     )
 
 
-def test_many_copies_of_one_cost_a_comparison_each() -> None:
+def test_many_copies_of_one_cost_a_comparison_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forest, "_UNCUT", 100)
     prints = clustered(5, 400, centres=1)
     copies = members(prints)._replace(
         vectors=np.tile(Prints.of(prints).signatures.vectors[:1], (400, 1)),
