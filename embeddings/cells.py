@@ -210,9 +210,9 @@ def plan_cells(
         (BRUTE_FORCE.cost(count, dimensions), BRUTE_FORCE, brute_force(count))
     ]
     rough = [frozen] if frozen is not None else _rough_centroids(sample, count)
-    tried = [
-        _estimate(sample[:_ROUGH], count, _all_guests(centroids), thresholds.cosine) for centroids in rough
-    ]
+    # Vectors that centroids were fitted on are nearer to them than others, and visit fewer cells.
+    unseen = sample[_ROUGH : 2 * _ROUGH] if len(sample) >= 2 * _ROUGH else sample
+    tried = [_estimate(unseen, count, _all_guests(centroids), thresholds.cosine) for centroids in rough]
     unsure = ""
     if tried:
         best = min(range(len(tried)), key=lambda place: tried[place][0].cost(count, dimensions))
