@@ -294,6 +294,8 @@ def curate(
         except OSError as error:
             raise BadRequest(f"--output {options.output}: cannot be written ({error.strerror})") from error
         run.callback(storage.discard, token)
+        if job.synthesis is not None:
+            run.callback(job.synthesis.backend.client.end)
         keep_request(storage, options, beam_args)
         note_url_epoch(storage, job.reach.epoch)
         console.print(plan, highlight=False, soft_wrap=True)

@@ -17,6 +17,9 @@ class ModelBackend(ChatBackend, Protocol):
 
     def close(self) -> None: ...
 
+    def end(self) -> None:
+        """Let go of what a run that broke off holds in this process."""
+
 
 class BackendOptions(NamedTuple):
     """Which model is wanted, where, and within which limits, those of one worker process.

@@ -38,7 +38,7 @@ class _Opened:
 
 
 _OPENING = threading.Lock()
-_RUNS: dict[object, _Opened] = {}
+_RUNS: dict[tuple[Any, ...], _Opened] = {}
 _MAX_RUNS = 16
 
 
@@ -113,6 +113,14 @@ class ChatClient:
                 if not opened.users:
                     for server in opened.servers:
                         server.close()
+
+    def end(self) -> None:
+        """Drop the connections of all clients of the run in this process: a run that broke off closes none."""
+        self.close()
+        with _OPENING:
+            for key in [key for key in _RUNS if self.run and key[0] == self.run]:
+                for server in _RUNS.pop(key).servers:
+                    server.close()
 
     def with_model(self, model: str) -> Self:
         """The same client, closed, for another model."""

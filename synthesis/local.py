@@ -90,6 +90,9 @@ class LocalVlm:
         """Nothing: the first call loads the model."""
         return self
 
+    def end(self) -> None:
+        """Nothing, as `close`."""
+
     def close(self) -> None:
         """Nothing: the model stays for whoever else asks it in this process."""
 
