@@ -1,10 +1,12 @@
 """Calls through the ledger: asked once, kept for good, the same samples whoever asked and however often it failed."""
 
+import gc
 import io
 import pickle
 import threading
 import time
 import uuid
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -71,6 +73,15 @@ class Found(NamedTuple):
     decisions: list[Decision]
     dead: list[DeadLetter]
     questions: Counter[str]
+
+
+@pytest.fixture(autouse=True)
+def leftovers() -> Iterator[None]:
+    """Beam tears nothing down where an error ends a run; in the job the launcher lets go of connections, here nobody does."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
