@@ -123,20 +123,20 @@ def test_each_fault_has_its_code_and_number_of_attempts(
 
 
 def test_timeouts_are_retried(hostile: Hostile) -> None:
-    hostile.replies = [hangs(0.3), says("late")]
-    assert chat(client_of(hostile, timeout_s=0.1)) == "late"
-    hostile.replies = [hangs(0.3)]
+    hostile.replies = [hangs(3), says("late")]
+    assert chat(client_of(hostile, timeout_s=0.5)) == "late"
+    hostile.replies = [hangs(3)]
     with pytest.raises(VlmFailure) as caught:
-        chat(client_of(hostile, timeout_s=0.05, max_attempts=2))
+        chat(client_of(hostile, timeout_s=0.2, max_attempts=2))
     assert (caught.value.code, len(hostile.requests)) == ("vlm_timeout", 4)
 
 
 def test_a_dripping_body_ends_at_the_timeout(hostile: Hostile) -> None:
-    hostile.replies = [drips(1.0)]
+    hostile.replies = [drips(20)]
     began = time.monotonic()
     with pytest.raises(VlmFailure) as caught:
         chat(client_of(hostile, timeout_s=0.15, max_attempts=1))
-    assert caught.value.code == "vlm_timeout" and time.monotonic() - began < 0.6
+    assert caught.value.code == "vlm_timeout" and time.monotonic() - began < 10
 
 
 def test_nobody_listens() -> None:

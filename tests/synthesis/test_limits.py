@@ -82,15 +82,15 @@ def test_an_empty_answer_costs_too() -> None:
 
 def test_the_rate_spaces_requests_and_waiting_for_a_turn_is_no_timeout() -> None:
     with HostileVlm(share=0.0) as server:
-        client = ChatClient(server.base_url, "m", limits=Limits(rate=20), budget_s=0.2)
+        client = ChatClient(server.base_url, "m", limits=Limits(rate=10), budget_s=1.0)
         with client, ThreadPoolExecutor(24) as threads:
             began = time.monotonic()
-            assert all(threads.map(lambda number: client.chat(Ask(str(number))).text, range(30)))
+            assert all(threads.map(lambda number: client.chat(Ask(str(number))).text, range(24)))
         took = time.monotonic() - began
-        # The first 20 are one second's, the others come one by one.
-        assert 0.45 <= took < 1.5
+        # The first 10 are one second's, the others come one by one.
+        assert 1.35 <= took < 10
         times = sorted(server.began)
-        assert times[24] - times[20] > 0.12
+        assert times[23] - times[9] > 1.0
 
 
 def test_turns_of_a_slow_rate_come_one_by_one() -> None:

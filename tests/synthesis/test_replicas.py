@@ -134,7 +134,7 @@ def test_four_servers_share_the_load_and_see_an_image_alone() -> None:
         ):
             list(threads.map(lambda image: ask_about(client, image), ids(120)))
         served = [server.served.total() for server in servers]
-        assert (sum(served) == 360 and client.asked() == served) or sum(served) == 360
+        assert sum(served) == 360
         assert max(served) <= 1.1 * 90 and min(served) >= 0.9 * 90, served
         homes = [{image_of(body) for body in server.bodies} for server in servers]
         assert sum(len(images) for images in homes) == 120
@@ -236,9 +236,15 @@ def test_retry_after_holds_all_threads() -> None:
     with HostileVlm(share=0.0) as server:
         fails_once = iter(["429"])
         server.fault_of = lambda key, attempt: next(fails_once, "")  # type: ignore[method-assign]
-        with ChatClient(server.base_url, "m") as client, ThreadPoolExecutor(4) as threads:
+        waits = threading.Event()
+
+        def sleep(seconds: float) -> None:
+            waits.set()
+            time.sleep(seconds)
+
+        with ChatClient(server.base_url, "m", sleep=sleep) as client, ThreadPoolExecutor(4) as threads:
             first = threads.submit(client.chat, Ask("first"))
-            time.sleep(0.2)
+            assert waits.wait(30)
             rest = [threads.submit(client.chat, Ask(str(number))) for number in range(3)]
             assert all(future.result().text for future in [first, *rest])
         refused, *others = server.began
@@ -265,14 +271,15 @@ def test_with_hostile_servers_every_call_has_an_answer_or_a_code() -> None:
         except VlmFailure as failure:
             return failure.code
 
-    with several(2, share=0.3, hang_s=0.2, retry_after_s=0) as servers, ThreadPoolExecutor(16) as threads:
-        client = ChatClient([server.base_url for server in servers], "a-model", timeout_s=0.15)
-        client.sleep = lambda seconds: time.sleep(min(seconds, 0.02))
-        hostile = list(threads.map(lambda ask: outcome(client, ask), asks))
+    with several(2, share=0.3, hang_s=3, retry_after_s=0) as servers, ThreadPoolExecutor(16) as threads:
+        urls = [server.base_url for server in servers]
+        with ChatClient(urls, "a-model", timeout_s=1) as client:
+            client.sleep = lambda seconds: time.sleep(min(seconds, 0.02))
+            hostile = list(threads.map(lambda ask: outcome(client, ask), asks))
         for server in servers:
             server.share = 0.0
-        calm = list(threads.map(lambda ask: outcome(client, ask), asks))
-        client.close()
+        with ChatClient(urls, "a-model") as client:
+            calm = list(threads.map(lambda ask: outcome(client, ask), asks))
     assert set(calm) == {'{"score": 7}'}
     good = [answer for answer in hostile if answer.startswith("{")]
     assert set(good) == {'{"score": 7}'} and 40 < len(good) < 80
