@@ -18,7 +18,7 @@ from synthesis.backend import Ask, Reply, VlmFailure
 from synthesis.limits import UNLIMITED, Limits, Meter, Spent
 from synthesis.replicas import LOST_STATUSES, Replicas, Turn
 from synthesis.server import Server, answer_of, normalised, usage_of
-from synthesis.structured import DoesNotFit, corrected, fitting_json, stated
+from synthesis.structured import DoesNotFit, fitting_reply, stated
 
 MAX_WAIT_S = 30.0
 TRIAL_S = 5.0
@@ -149,20 +149,15 @@ class ChatClient:
         reply = self._asked(ask, messages, affinity)
         if not ask.schema:
             return reply
-        try:
-            return reply._replace(text=fitting_json(reply.text, ask.schema))
-        except DoesNotFit as error:
+
+        def again(told: str) -> Reply:
             said = {"role": "assistant", "content": reply.text}
-            messages += [said, {"role": "user", "content": corrected(error, ask.schema)}]
-        again = self._asked(ask, messages, affinity)
-        prompt, completion = (
-            reply.prompt_tokens + again.prompt_tokens,
-            reply.completion_tokens + again.completion_tokens,
-        )
+            return self._asked(ask, [*messages, said, {"role": "user", "content": told}], affinity)
+
         try:
-            return Reply(fitting_json(again.text, ask.schema), prompt, completion)
+            return fitting_reply(reply, ask.schema, again)
         except DoesNotFit as error:
-            raise VlmFailure("vlm_bad_json", f"{error}: {again.text[:200]!r}") from None
+            raise VlmFailure("vlm_bad_json", f"{error}: {error.answer[:200]!r}") from None
 
     def _states(self, ask: Ask) -> bool:
         return bool(ask.schema) and not self.obeys_schema

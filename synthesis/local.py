@@ -36,7 +36,7 @@ from synthesis.local_model import (
     find_local,
     load_local,
 )
-from synthesis.structured import DoesNotFit, corrected, fitting_json, stated
+from synthesis.structured import DoesNotFit, fitting_reply, stated
 
 
 class _Request(NamedTuple):
@@ -72,17 +72,14 @@ class LocalVlm:
         reply = engine.answer(messages, ask)
         if not ask.schema:
             return reply
+
+        def again(told: str) -> Reply:
+            return engine.answer(
+                [*messages, Message("assistant", [reply.text]), Message("user", [told])], ask
+            )
+
         try:
-            return reply._replace(text=fitting_json(reply.text, ask.schema))
-        except DoesNotFit as error:
-            told = corrected(error, ask.schema)
-        again = engine.answer([*messages, Message("assistant", [reply.text]), Message("user", [told])], ask)
-        prompt, completion = (
-            reply.prompt_tokens + again.prompt_tokens,
-            reply.completion_tokens + again.completion_tokens,
-        )
-        try:
-            return Reply(fitting_json(again.text, ask.schema), prompt, completion)
+            return fitting_reply(reply, ask.schema, again)
         except DoesNotFit as error:
             raise VlmFailure("vlm_bad_response", f"the answer does not fit the schema: {error}") from None
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from synthesis.backend import Ask
+from synthesis.backend import Ask, Reply
 
 _FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 _TYPES: Mapping[str, Callable[[Any], bool]] = {
@@ -29,7 +29,9 @@ _BOUNDS: Mapping[str, tuple[Callable[[Any], Any], Callable[[Any, Any], bool], st
 
 
 class DoesNotFit(ValueError):
-    """An answer is not JSON of the schema; the words say what is wrong, for the model to read."""
+    """An answer is not JSON of the schema; the words say what is wrong, for the model to read. `answer` is the second that does not."""
+
+    answer = ""
 
 
 def stated(ask: Ask) -> str:
@@ -40,6 +42,24 @@ def stated(ask: Ask) -> str:
 def corrected(error: DoesNotFit, schema: str) -> str:
     """What the model is told about an answer that does not fit."""
     return f"That does not fit: {error}. Answer again, with one JSON object and nothing else. It must fit this JSON schema:\n{schema}"
+
+
+def fitting_reply(first: Reply, schema: str, again: Callable[[str], Reply]) -> Reply:
+    """The JSON of an answer, or of the one that `again` gives when it is told what is wrong, and what both cost. Raises DoesNotFit."""
+    try:
+        return first._replace(text=fitting_json(first.text, schema))
+    except DoesNotFit as error:
+        second = again(corrected(error, schema))
+    try:
+        text = fitting_json(second.text, schema)
+    except DoesNotFit as error:
+        error.answer = second.text
+        raise
+    return Reply(
+        text,
+        first.prompt_tokens + second.prompt_tokens,
+        first.completion_tokens + second.completion_tokens,
+    )
 
 
 def fitting_json(text: str, schema: str) -> str:
