@@ -7,7 +7,7 @@ from apache_beam import PCollection
 from apache_beam.metrics import Metrics
 from apache_beam.pvalue import TaggedOutput
 
-from shards.records import DeadLetter, Decision, Origin
+from shards.records import DeadLetter, Decision, Origin, Sample
 
 DECISIONS = "decisions"
 DEAD = "dead"
@@ -46,6 +46,33 @@ def decision(
         threshold,
         other_id,
     )
+
+
+def is_source(sample: Sample) -> bool:
+    """Whether a sample was read: it is input, and counted as a sample; what a model wrote is counted as a conversation."""
+    return sample.provenance.generator == "source"
+
+
+def sample_decision(
+    sample: Sample,
+    fate: str,
+    stage: str,
+    code: str,
+    score: float | None = None,
+    threshold: float | None = None,
+    other_id: bytes = b"",
+) -> Decision:
+    """A decision row about a sample; about the conversation that was planned for its image where a model wrote it.
+
+    Such a row names the sample where nothing else is to be named.
+    """
+    if is_source(sample):
+        return decision(
+            "sample", fate, sample.sample_id, stage, code, sample.origin, score, threshold, other_id
+        )
+    (image_id,) = sample.image_ids
+    other_id = other_id or sample.sample_id
+    return decision("conversation", fate, image_id, stage, code, sample.origin, score, threshold, other_id)
 
 
 def dead_letter(item_id: bytes, stage: str, code: str, origin: Origin, message: str) -> DeadLetter:

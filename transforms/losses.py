@@ -15,9 +15,9 @@ from images.fetch import Reach, decoders_of
 from images.sandbox import DecodePool
 from shards.errors import BadData
 from shards.ledger import Ledger, LossRow, Segment, loss_key
-from shards.records import Decision, Sample, Turn
+from shards.records import Sample, Turn
 from shards.snapshot import Destination
-from transforms.fates import DEAD, DECISIONS, Outcome, dead_letter, decision
+from transforms.fates import DEAD, DECISIONS, Outcome, dead_letter, sample_decision
 from transforms.ledgers import ReadLedger
 from transforms.pictures import Located, LocateImages, picture_of, recipe_of
 
@@ -86,24 +86,6 @@ def has_answer(conversation: Sequence[Turn]) -> bool:
     return any(turn.speaker == "gpt" and turn.value.strip() for turn in conversation)
 
 
-class Failed(NamedTuple):
-    """Why a sample does not go on; for a filtered one its loss and the threshold, in nats per token."""
-
-    code: str
-    loss: float | None = None
-    threshold: float | None = None
-
-
-def _row(sample: Sample, fate: str, failed: Failed) -> Decision:
-    """A synthesised sample is no input: its row is that of the conversation that was planned for its image."""
-    code, loss, threshold = failed
-    if sample.provenance.generator == "source":
-        return decision("sample", fate, sample.sample_id, STAGE, code, sample.origin, loss, threshold)
-    (image_id,) = sample.image_ids
-    made = sample.sample_id
-    return decision("conversation", fate, image_id, STAGE, code, sample.origin, loss, threshold, made)
-
-
 class _Recall(beam.DoFn):
     """What the ledger knows, and, tagged, what it does not."""
 
@@ -159,7 +141,7 @@ class _Measure(beam.DoFn):
                 yield measured
             else:
                 Metrics.counter(STAGE, f"dead_{measured.code}").inc()
-                row = _row(sample, "dead", Failed(measured.code))
+                row = sample_decision(sample, "dead", STAGE, measured.code)
                 yield TaggedOutput(DECISIONS, row)
                 yield TaggedOutput(
                     DEAD, dead_letter(row.id, STAGE, measured.code, sample.origin, str(measured))
@@ -240,8 +222,8 @@ class _Drop(beam.DoFn):
             yield sample
             return
         Metrics.counter(STAGE, "dropped").inc()
-        failed = Failed("high_loss", loss_milli / 1000, threshold / 1000)
-        yield TaggedOutput(DECISIONS, _row(sample, "filtered", failed))
+        row = sample_decision(sample, "filtered", STAGE, "high_loss", loss_milli / 1000, threshold / 1000)
+        yield TaggedOutput(DECISIONS, row)
 
 
 @dataclass

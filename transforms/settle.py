@@ -9,8 +9,8 @@ from apache_beam.pvalue import AsSingleton, TaggedOutput
 from apache_beam.typehints.decorators import no_annotations
 
 from shards.errors import RunFailed
-from shards.records import Decision, Sample, TaggedImage
-from transforms.fates import DEAD, DECISIONS, Outcome, dead_letter, decision
+from shards.records import Sample, TaggedImage
+from transforms.fates import DEAD, DECISIONS, Outcome, dead_letter, decision, is_source, sample_decision
 
 STAGE = "settle"
 
@@ -25,31 +25,18 @@ class _DropVoid(beam.DoFn):
         changed = next((image_id for image_id in sorted(sample.image_ids) if image_id in void), None)
         if changed is None:
             yield sample
-            yield TaggedOutput(DECISIONS, _row(sample, "kept", "kept"))
+            yield TaggedOutput(DECISIONS, sample_decision(sample, "kept", STAGE, "kept"))
             return
         if self._on_missing == "fail":
             raise RunFailed(
                 f"{sample.origin.name}: an image changed while the run read it; --on-missing-image is fail"
             )
         code = "image_source_changed"
-        yield TaggedOutput(DECISIONS, _row(sample, "dead", code, changed))
+        yield TaggedOutput(DECISIONS, sample_decision(sample, "dead", STAGE, code, other_id=changed))
         if not is_source(sample):
             yield TaggedOutput(
                 DEAD, dead_letter(sample.sample_id, STAGE, code, sample.origin, "its image is gone")
             )
-
-
-def is_source(sample: Sample) -> bool:
-    """Whether a sample was read: it is input, and counted as a sample; what a model wrote is counted as a conversation."""
-    return sample.provenance.generator == "source"
-
-
-def _row(sample: Sample, fate: str, code: str, changed: bytes = b"") -> Decision:
-    if is_source(sample):
-        return decision("sample", fate, sample.sample_id, STAGE, code, sample.origin, other_id=changed)
-    (image_id,) = sample.image_ids
-    other_id = changed or sample.sample_id
-    return decision("conversation", fate, image_id, STAGE, code, sample.origin, other_id=other_id)
 
 
 @dataclass
