@@ -21,12 +21,12 @@ from embeddings.duplicates import (
     kept,
     walk,
 )
-from embeddings.forest import Components, Forest, components, find_forest, places_in
+from embeddings.forest import Components, Forest, find_forest, places_in
 from shards.ledger import Ledger, SearchRow
 from shards.records import EmbeddedImage, Origin, Verdict
 from transforms.fates import DECISIONS, decision
 from transforms.ledgers import ReadLedger
-from transforms.route import MakePrints, RouteToBuckets, Search, batches, members_of
+from transforms.route import JoinEdges, MakePrints, RouteToBuckets, Search, batches, members_of
 
 STAGE = "deduplicate"
 _WORTH_REMEMBERING = 1 << 16
@@ -117,10 +117,6 @@ class _SearchBucket(beam.DoFn):
         self._writer.flush()
 
 
-def _join(keyed: tuple[int, Iterable[bytes]]) -> Components:
-    return components(ids_of(b"".join(keyed[1])).reshape(-1, 2))
-
-
 class _ByComponent(beam.DoFn):
     """Prints -> (root, print) of those that have a duplicate, verdicts on the others."""
 
@@ -198,13 +194,7 @@ class FindNearDuplicates(beam.PTransform):
             | "Buckets" >> beam.CoGroupByKey()
             | "SearchBucket" >> beam.ParDo(_SearchBucket(search)).with_output_types(bytes)
         )
-        joined = (
-            (edges, pipeline | "NoEdges" >> beam.Create([b""]))
-            | "AllEdges" >> beam.Flatten()
-            | "OneWorker" >> beam.Map(lambda e: (0, e)).with_output_types(tuple[int, bytes])
-            | "GatherEdges" >> beam.GroupByKey()
-            | "Join" >> beam.Map(_join)
-        )
+        joined = edges | "JoinEdges" >> JoinEdges()
         parted = (
             prints
             | "BatchToWalk" >> batches()

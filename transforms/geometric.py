@@ -15,8 +15,8 @@ from apache_beam.metrics import Metrics
 from apache_beam.pvalue import AsSingleton, TaggedOutput
 from apache_beam.typehints.decorators import no_annotations
 
-from embeddings.duplicates import NEVER, STRUCTURE_BITS, Group, Thresholds, ids_of
-from embeddings.forest import Components, components, places_in
+from embeddings.duplicates import NEVER, STRUCTURE_BITS, Group, Thresholds
+from embeddings.forest import Components, places_in
 from embeddings.geometric import Edge, Kept, losses, nearest, strongest
 from images.align import ALIGNER, LUMA_SIDE, MIN_AGREEMENT, Features, align, features_of, luma_from
 from images.decode import DECODER, grey_of
@@ -27,7 +27,7 @@ from shards.ledger import AlignmentRow, Ledger, Segment
 from shards.records import EmbeddedImage, MediaRef, Verdict
 from transforms.filesystems import fetcher_of
 from transforms.ledgers import ReadLedger
-from transforms.route import MakePrints, RouteToBuckets, Search, members_of
+from transforms.route import JoinEdges, MakePrints, RouteToBuckets, Search, members_of
 
 STAGE = "geometric"
 _FEATURES_KEPT = 64
@@ -171,10 +171,6 @@ def _ends(edge: Edge) -> bytes:
     return edge.one.image_id[:16] + edge.other.image_id[:16]
 
 
-def _join(gathered: tuple[int, Iterable[bytes]]) -> Components:
-    return components(ids_of(b"".join(gathered[1])).reshape(-1, 2))
-
-
 def _by_root(edge: Edge, joined: Components) -> tuple[bytes, Edge]:
     (place,) = places_in(joined.ids, np.frombuffer(edge.one.image_id[:16], "V16"))
     return joined.roots[place].tobytes(), edge
@@ -269,13 +265,7 @@ class FindGeometricCopies(beam.PTransform):
             | "Align" >> beam.ParDo(_Align(search, rule.reach))
         )
         edges = (recalled.edges, aligned) | "Edges" >> beam.Flatten()
-        joined = (
-            (edges | "Ends" >> beam.Map(_ends), verdicts.pipeline | "NoEdges" >> beam.Create([b""]))
-            | "AllEnds" >> beam.Flatten()
-            | "OneWorker" >> beam.Map(lambda ends: (0, ends)).with_output_types(tuple[int, bytes])
-            | "GatherEnds" >> beam.GroupByKey()
-            | "Join" >> beam.Map(_join)
-        )
+        joined = edges | "Ends" >> beam.Map(_ends) | "JoinEdges" >> JoinEdges()
         lost = (
             edges
             | "ByRoot" >> beam.Map(_by_root, AsSingleton(joined)).with_output_types(_keyed(Any))

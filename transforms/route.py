@@ -1,6 +1,7 @@
-"""Route: prints of images -> the buckets in which they may meet near duplicates, as columns (embeddings/buckets.py)."""
+"""Route: prints of images -> the buckets in which they may meet near duplicates, as columns (embeddings/buckets.py); and the pairs found
+there -> what chains of them join."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from apache_beam.typehints.decorators import no_annotations
 from embeddings.buckets import Buckets, Task
 from embeddings.cells import MAX_SAMPLE, Plan, plan_cells
 from embeddings.duplicates import Group, Pairing, Preference, Print, Prints, ids_of, print_of
-from embeddings.forest import Members
+from embeddings.forest import Components, Members, components
 from shards.ids import digest
 from shards.ledger import CellsRow, Ledger, Segment, read_segment
 from shards.records import EmbeddedImage
@@ -188,3 +189,22 @@ class RouteToBuckets(beam.PTransform):
             | "Route" >> beam.ParDo(_Route(search), AsSingleton(plan)).with_output_types(tuple[bytes, Part])
         )
         return Routed(parts, plan)
+
+
+def _join(gathered: tuple[int, Iterable[bytes]]) -> Components:
+    return components(ids_of(b"".join(gathered[1])).reshape(-1, 2))
+
+
+@dataclass
+class JoinEdges(beam.PTransform):
+    """PCollection[bytes], joined pairs of ids of 16 bytes -> one Components. In one worker meet 32 bytes of each pair."""
+
+    @no_annotations
+    def expand(self, edges: beam.PCollection[bytes]) -> beam.PCollection[Components]:
+        return (
+            (edges, edges.pipeline | "NoEdges" >> beam.Create([b""]))
+            | "AllEdges" >> beam.Flatten()
+            | "OneWorker" >> beam.Map(lambda pairs: (0, pairs)).with_output_types(tuple[int, bytes])
+            | "GatherEdges" >> beam.GroupByKey()
+            | "Join" >> beam.Map(_join)
+        )
