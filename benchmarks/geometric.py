@@ -25,8 +25,8 @@ from beam_pipelines.planting import (
     write,
 )
 from benchmarks.machine import describe
-from images.align import ALIGNER, LUMA_SIDE, Features, align, features_of, luma_from
-from images.decode import Limits, grey_of
+from images.align import ALIGNER, LUMA_SIDE, Features, align, features_of
+from images.decode import Limits, grey_of, pixels_from
 
 IMAGES = Path(__file__).parent.parent / "examples" / "images"
 SEEN = 50
@@ -40,7 +40,7 @@ class Clock:
         self.spent: dict[str, list[float]] = {}
 
     def features(self, encoded: bytes) -> Features:
-        luma = luma_from(grey_of(encoded, LUMA_SIDE, Limits()))
+        luma = pixels_from(grey_of(encoded, LUMA_SIDE, Limits()), 1)
         started = time.process_time()
         found = features_of(luma)
         self.spent.setdefault("features_of", []).append(1000 * (time.process_time() - started))

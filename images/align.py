@@ -5,14 +5,11 @@ documents of one template for copies, whose lines and headings are the same; so 
 aligned only if nearly all blocks with anything on them correlate (docs/duplicates.md). A function of the two lumas, symmetric.
 """
 
-import struct
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import numpy.typing as npt
-
-from shards.errors import BadData
 
 ALIGNER = f"align 1, opencv {cv2.__version__}"
 """Fingerprint of what turns two lumas into an alignment. `align N` counts changes of this module's own code to any."""
@@ -83,15 +80,6 @@ class Alignment(NamedTuple):
     share: float
     blocks: int
     agreement: float
-
-
-def luma_from(data: bytes) -> Grey:
-    """uint8 (H, W) of what `images.decode.grey_of` gave. Raises BadData where it is something else."""
-    if len(data) >= 4:
-        width, height = struct.unpack_from("<HH", data)
-        if width * height and len(data) == 4 + width * height:
-            return np.frombuffer(data, np.uint8, offset=4).reshape(height, width)
-    raise BadData("decoder_crashed", "its worker's answer made no sense")
 
 
 def features_of(luma: Grey) -> Features:

@@ -224,33 +224,31 @@ def as_jpeg(encoded: bytes, max_pixels: int, limits: Limits, quality: int = 90) 
 
 
 def rgb_of(encoded: bytes, max_side: int, limits: Limits) -> bytes:
-    """Pixels of one image, its longer side at most `max_side` (at most 65,535), as bytes for `rgb_from`. Raises BadData as `open_image` does."""
+    """Pixels of one image, its longer side at most `max_side` (at most 65,535), as bytes for `pixels_from`. Raises BadData as `open_image` does."""
     image, _ = open_image(encoded, limits.max_pixels)
-    shrink = max_side / max(image.size)
-    if shrink < 1:
-        sides = (max(1, round(image.width * shrink)), max(1, round(image.height * shrink)))
-        image = image.resize(sides, Image.Resampling.BICUBIC)
-    return struct.pack("<HH", *image.size) + np.asarray(image).tobytes()
-
-
-def rgb_from(data: bytes) -> npt.NDArray[np.uint8]:
-    """uint8 (H, W, 3) of what `rgb_of` gave. Raises BadData where it is something else."""
-    if len(data) >= 4:
-        width, height = struct.unpack_from("<HH", data)
-        if width * height and len(data) == 4 + 3 * width * height:
-            return np.frombuffer(data, np.uint8, offset=4).reshape(height, width, 3)
-    raise BadData("decoder_crashed", "its worker's answer made no sense")
+    return _packed(image, max_side, Image.Resampling.BICUBIC)
 
 
 def grey_of(encoded: bytes, max_side: int, limits: Limits) -> bytes:
-    """Luma of one image, its longer side at most `max_side` pixels (at most 65,535), as bytes for `images.align.luma_from`.
-
-    Width and height as little-endian uint16, then a byte a pixel, row by row. Raises BadData as `open_image` does.
-    """
+    """Luma of one image, its longer side at most `max_side` pixels (at most 65,535), as bytes for `pixels_from`. Raises BadData as `open_image` does."""
     image, _ = open_image(encoded, limits.max_pixels)
-    grey = image.convert("L")
-    shrink = max_side / max(grey.size)
+    return _packed(image.convert("L"), max_side, Image.Resampling.BILINEAR)
+
+
+def _packed(image: Image.Image, max_side: int, resampling: Image.Resampling) -> bytes:
+    """Width and height as little-endian uint16, then the pixels, row by row."""
+    shrink = max_side / max(image.size)
     if shrink < 1:
-        sides = (max(1, round(grey.width * shrink)), max(1, round(grey.height * shrink)))
-        grey = grey.resize(sides, Image.Resampling.BILINEAR)
-    return struct.pack("<HH", *grey.size) + grey.tobytes()
+        sides = (max(1, round(image.width * shrink)), max(1, round(image.height * shrink)))
+        image = image.resize(sides, resampling)
+    return struct.pack("<HH", *image.size) + image.tobytes()
+
+
+def pixels_from(data: bytes, channels: int) -> npt.NDArray[np.uint8]:
+    """uint8 (H, W) of what `grey_of` gave, with 1 channel, (H, W, 3) of `rgb_of`'s, with 3. Raises BadData where it is something else."""
+    if len(data) >= 4:
+        width, height = struct.unpack_from("<HH", data)
+        if width * height and len(data) == 4 + channels * width * height:
+            shape = (height, width) if channels == 1 else (height, width, channels)
+            return np.frombuffer(data, np.uint8, offset=4).reshape(shape)
+    raise BadData("decoder_crashed", "its worker's answer made no sense")

@@ -18,8 +18,8 @@ from apache_beam.typehints.decorators import no_annotations
 from embeddings.duplicates import NEVER, STRUCTURE_BITS, Group, Thresholds
 from embeddings.forest import Components, places_in
 from embeddings.geometric import Edge, Kept, losses, nearest, strongest
-from images.align import ALIGNER, LUMA_SIDE, MIN_AGREEMENT, Features, align, features_of, luma_from
-from images.decode import DECODER, grey_of
+from images.align import ALIGNER, LUMA_SIDE, MIN_AGREEMENT, Features, align, features_of
+from images.decode import DECODER, grey_of, pixels_from
 from images.fetch import Reach, decoders_of
 from shards.errors import BadData
 from shards.ids import digest
@@ -144,7 +144,7 @@ class _Align(beam.DoFn):
 
     def _read(self, image_id: bytes, ref: MediaRef) -> Features:
         encoded = fetcher_of(self._reach).fetch_again(ref, image_id)
-        return features_of(luma_from(self._pool.run(grey_of, encoded, LUMA_SIDE, self._reach.limits)))
+        return features_of(pixels_from(self._pool.run(grey_of, encoded, LUMA_SIDE, self._reach.limits), 1))
 
     def process(self, keyed: tuple[bytes, Iterable[Pair]]) -> Iterator[Edge]:
         for pair in sorted(keyed[1]):

@@ -15,7 +15,7 @@ from apache_beam.typehints.decorators import no_annotations
 
 from embeddings.pixel_taggers import VLM, PixelTagger, open_tagger
 from embeddings.tagger import LinearTagger, tagger_from
-from images.decode import DECODER, rgb_from, rgb_of
+from images.decode import DECODER, pixels_from, rgb_of
 from images.fetch import Reach, decoders_of
 from shards.errors import BadData
 from shards.ids import canonical_json, digest
@@ -173,7 +173,7 @@ class _Look(beam.DoFn):
         reach = self._rule.reach
         try:
             encoded = fetcher_of(reach).fetch_again(ref, image_id)
-            pixels = rgb_from(self._pool.run(rgb_of, encoded, PIXELS_SIDE, reach.limits))
+            pixels = pixels_from(self._pool.run(rgb_of, encoded, PIXELS_SIDE, reach.limits), 3)
             tags = self._taggers[name].tags(pixels)
         except BadData as error:
             # What has changed since it was embedded is recorded where it is packed.

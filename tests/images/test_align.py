@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from beam_pipelines.planting import CHANGES, GEOMETRIC, LOOKALIKES, flatten, png
-from images.align import LUMA_SIDE, Alignment, Features, align, features_of, luma_from
-from images.decode import Limits, grey_of
+from images.align import LUMA_SIDE, Alignment, Features, align, features_of
+from images.decode import Limits, grey_of, pixels_from
 from images.sandbox import DecodePool
 from shards.errors import BadData
 
@@ -20,7 +20,7 @@ EXAMPLES = ("cup-of-espresso.jpg", "brick-wall.jpg", "acorn.png", "eiffel-tower.
 
 
 def features(encoded: bytes) -> Features:
-    return features_of(luma_from(grey_of(encoded, LUMA_SIDE, Limits())))
+    return features_of(pixels_from(grey_of(encoded, LUMA_SIDE, Limits()), 1))
 
 
 @functools.cache
@@ -120,7 +120,7 @@ def test_threads_change_nothing() -> None:
 def test_lumas_come_out_of_the_sandbox() -> None:
     encoded = png(picture("page 0"))
     with DecodePool(Limits(), workers=1) as pool:
-        luma = luma_from(pool.run(grey_of, encoded, 500, Limits()))
+        luma = pixels_from(pool.run(grey_of, encoded, 500, Limits()), 1)
         with pytest.raises(BadData, match="none of"):
             pool.run(grey_of, b"no image", 500, Limits())
     assert luma.shape == (500, 400)
@@ -130,7 +130,7 @@ def test_lumas_come_out_of_the_sandbox() -> None:
 @pytest.mark.parametrize("data", [b"", b"\x01\0", b"\0\0\0\0", b"\x02\0\x02\0abc", b"\x02\0\x02\0abcde"])
 def test_what_is_no_luma_is_refused(data: bytes) -> None:
     with pytest.raises(BadData) as refused:
-        luma_from(data)
+        pixels_from(data, 1)
     assert refused.value.code == "decoder_crashed"
 
 
