@@ -16,7 +16,14 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import Progress
 
-from beam_pipelines.options import CurateOptions, SourceOptions, flag, parse_options
+from beam_pipelines.options import (
+    CurateOptions,
+    SourceOptions,
+    StreamOptions,
+    flag,
+    parse_as,
+    parse_options,
+)
 from shards.errors import AbortedByLimit, BadRequest, ShardmillError
 
 # click's, which newer versions of typer carry within themselves under a private name.
@@ -167,6 +174,29 @@ def curate(values: dict[str, Any]) -> None:
     Beam's own options come after `--`:  ... -- --runner=FnApiRunner
     """
     _curate(parse_options(values, values.pop("config", "")), _beam_args)
+
+
+@_command(StreamOptions, "stream", _CONFIG)
+def stream(values: dict[str, Any]) -> None:
+    """Commit images as they arrive: a window of them at a time, each a child of the snapshot in force, until stopped.
+
+    shardmill stream --input photos/ --output shards/
+
+    shardmill stream --input gs://bucket/photos --subscription projects/P/subscriptions/S --output gs://bucket/shards
+
+    shardmill compact shards/   folds the windows into one snapshot
+
+    Beam's own options come after `--`:  ... -- --runner=FlinkRunner
+    """
+    from beam_pipelines.stream_images import stream as run_stream
+
+    options = parse_as(StreamOptions, values, values.pop("config", ""))
+    snapshot_id = run_stream(options, _beam_args)
+    if options.dry_run:
+        _say("dry run: nothing written")
+    elif snapshot_id:
+        _say(f"snapshot {snapshot_id[:12]} in {options.output}")
+        _say(f"next: shardmill compact {options.output}")
 
 
 def _curate(options: CurateOptions, beam_args: Sequence[str]) -> None:
@@ -580,8 +610,20 @@ def gc(
 
 
 @app.command(**_UPKEEP)
-def compact(path: Annotated[str, typer.Argument(metavar="OUT", help="A run's folder.")]) -> None:
+def compact(
+    path: Annotated[str, typer.Argument(metavar="OUT", help="A run's folder.")],
+    replace: Annotated[
+        bool,
+        typer.Option(
+            "--replace",
+            help="After a stream: go on where more than a tenth of its images are gone from its inputs.",
+        ),
+    ] = False,
+) -> None:
     """Pack the images of the snapshot in force as a first run would have, and merge the ledger. The snapshot keeps its id.
+
+    The windows of a stream are folded first: the main job runs over what the stream was given, embeds nothing again, and keeps what a
+    window held back for an image that is not kept itself.
 
     shardmill compact shards/
     """
@@ -591,7 +633,10 @@ def compact(path: Annotated[str, typer.Argument(metavar="OUT", help="A run's fol
     from shards.snapshot import Destination, open_snapshot
     from shards.storage import rooted
 
-    to = Destination(rooted(open_snapshot(path).storage.root), uuid.uuid4().hex)
+    snapshot = open_snapshot(path)
+    if snapshot.manifest.parent or snapshot.manifest.window:
+        _run_again(path, {"replace": replace})
+    to = Destination(rooted(snapshot.storage.root), uuid.uuid4().hex)
     with to.storage.hold():
         done = compact_storage(to)
     _say(

@@ -74,7 +74,7 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
     meets_rule, filtered = embedded | "FilterImages" >> FilterImages(filter_rule(options))
     wanted, contaminated, benchmarks = _decontaminate(meets_rule, job, model)
     images, same_bytes = wanted | "CollapseSameBytes" >> CollapseSameBytes()
-    fixed = _fixed(images.pipeline, job, model)
+    fixed = fixed_images(images.pipeline, job, model)
     verdicts, searched = {"images": images, "fixed": fixed} | "FindNearDuplicates" >> FindNearDuplicates(
         job.search
     )
@@ -193,7 +193,7 @@ def _reading(job: Job, model: Encoder) -> Reading:
     return Reading(job.reach, model.geometry, model.images_at_once, job.options.decode)
 
 
-def _fixed(pipeline: beam.Pipeline, job: Job, model: Encoder) -> beam.PCollection:
+def fixed_images(pipeline: beam.Pipeline, job: Job, model: Encoder) -> beam.PCollection:
     """The images that the snapshots of --against keep, from a ledger where one knows them, else read from their packs."""
     if not job.against:
         return pipeline | "NothingFixed" >> beam.Create([])

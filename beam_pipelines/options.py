@@ -6,7 +6,7 @@ Flags, `--config` YAML, the table in docs/options.md and what goes into a snapsh
 import difflib
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
@@ -673,6 +673,67 @@ class CurateOptions(BaseModel):
         }
 
 
+class StreamOptions(CurateOptions):
+    """Everything that `shardmill stream` can be told."""
+
+    subscription: str = option(
+        "",
+        "Pub/Sub subscription to the bucket's notices of new objects, as projects/P/subscriptions/S. Default: the inputs are listed again"
+        " and again.",
+        affects_bytes=False,
+        group="Streaming",
+        pattern="^(projects/[^/]+/subscriptions/[^/]+)?$",
+    )
+    poll_every: float = option(
+        30.0, "Seconds between two listings of the inputs.", affects_bytes=False, group="Streaming", gt=0
+    )
+    once: bool = option(
+        False,
+        "List the inputs once, commit what has arrived since the last time, and end.",
+        affects_bytes=False,
+        group="Streaming",
+    )
+    window: int = option(
+        60,
+        "Seconds of arrivals that are committed together.",
+        affects_bytes=False,
+        group="Streaming",
+        ge=1,
+        le=86_400,
+    )
+    lateness: int = option(
+        30,
+        "Seconds that a window waits after its end for what is on its way.",
+        affects_bytes=False,
+        group="Streaming",
+        ge=0,
+        le=86_400,
+    )
+    horizon: int = option(
+        86_400,
+        "Seconds for which an arrival is remembered: near duplicates that come later pass until `shardmill compact`.",
+        affects_bytes=False,
+        group="Streaming",
+        ge=1,
+        le=10_000_000,
+    )
+    horizon_images: int = option(
+        100_000,
+        "Arrivals that a cell remembers at most, the newest.",
+        affects_bytes=False,
+        group="Streaming",
+        ge=1,
+    )
+    window_writers: int = option(
+        1,
+        "How many workers write a window; each commits what it wrote.",
+        affects_bytes=False,
+        group="Streaming",
+        ge=1,
+        le=4096,
+    )
+
+
 def _extra(field: Any) -> dict[str, Any]:
     return dict(field.json_schema_extra)
 
@@ -696,24 +757,32 @@ def _read_config(path: str) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in body.items()}
 
 
+OptionsT = TypeVar("OptionsT", bound=CurateOptions)
+
+
 def parse_options(flags: dict[str, Any], config: str = "") -> CurateOptions:
-    """Options from flags over YAML over defaults. Raises BadRequest: one line with the field, its value and what is allowed."""
+    """Options of the main job: see `parse_as`."""
+    return parse_as(CurateOptions, flags, config)
+
+
+def parse_as(model: type[OptionsT], flags: dict[str, Any], config: str = "") -> OptionsT:
+    """Options of a model from flags over YAML over defaults. Raises BadRequest: one line with the field, its value and what is allowed."""
     values = (_read_config(config) if config else {}) | flags
     if isinstance(values.get("quota"), dict):
         values["quota"] = [f"{name}={value}" for name, value in values["quota"].items()]
-    for name in (name for name, field in CurateOptions.model_fields.items() if field.annotation == list[str]):
+    for name in (name for name, field in model.model_fields.items() if field.annotation == list[str]):
         if isinstance(values.get(name), str):
             values[name] = [values[name]]
-    unknown = sorted(set(values) - set(CurateOptions.model_fields))
+    unknown = sorted(set(values) - set(model.model_fields))
     if unknown:
-        close = difflib.get_close_matches(unknown[0], CurateOptions.model_fields, 1)
+        close = difflib.get_close_matches(unknown[0], model.model_fields, 1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise BadRequest(f"--config {config}: no such option {unknown[0]}{hint}")
     for needed, example in (("input", "a folder of images"), ("output", "a new folder")):
         if not values.get(needed) and not (needed == "input" and values.get("sources")):
             raise BadRequest(f"{flag(needed)} is missing: {example}, as in --input photos/ --output shards/")
     try:
-        options = CurateOptions.model_validate(values)
+        options = model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         name, *inner = (str(part) for part in first["loc"])

@@ -42,7 +42,9 @@ def _compact(to: Destination) -> Compacted:
         raise BadRequest(f"{storage.root}: holds no finished run")
     snapshot = open_by_id(storage, current.snapshot)
     if snapshot.manifest.parent:
-        raise BadRequest(f"{storage.root}: snapshot {snapshot.id[:12]} is one window of a stream")
+        raise BadRequest(
+            f"{storage.root}: snapshot {snapshot.id[:12]} is one window of a stream; `shardmill compact {storage.root}` folds them"
+        )
     files = _canonical_packs(snapshot, to)
     manifest = snapshot.manifest._replace(
         media=[file for file in files if file.kind == "media"],

@@ -73,7 +73,8 @@ class Manifest(NamedTuple):
     `decontaminated` says of each benchmark how many `protected` images it has, how many `candidates` were removed for being like one,
     and how many of these were `verified` as copies.
 
-    A snapshot with a `parent` is all that the parent holds and what it lists itself.
+    A snapshot with a `parent` is all that the parent holds and what it lists itself: one window of a stream, of which `window` says
+    when it ended, `end_ms` since 1970, and by which `token` it was committed.
     """
 
     snapshot_id: str
@@ -95,6 +96,7 @@ class Manifest(NamedTuple):
     synthesised: int
     versions: Mapping[str, Any]
     decontaminated: Mapping[str, Mapping[str, int]] = {}
+    window: Mapping[str, Any] = {}
     format_version: int = FORMAT_VERSION
 
     def files(self) -> list[ShardFile]:
@@ -369,10 +371,15 @@ def open_by_id(storage: Storage, snapshot_id: str) -> Snapshot:
     """Open a snapshot by its whole id. Raises FileNotFoundError where it, or a parent, is not there."""
     manifests: list[Manifest] = []
     while snapshot_id:
-        path = manifest_path(snapshot_id)
-        try:
-            manifests.insert(0, Manifest.from_json(storage.read(path)))
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorruptShard(f"{storage.root}/{path}", "not what a commit writes") from error
+        manifests.insert(0, read_manifest(storage, snapshot_id))
         snapshot_id = manifests[0].parent
     return Snapshot(storage, manifests)
+
+
+def read_manifest(storage: Storage, snapshot_id: str) -> Manifest:
+    """One snapshot's own manifest. Raises FileNotFoundError where it is not there, CorruptShard where it cannot be read."""
+    path = manifest_path(snapshot_id)
+    try:
+        return Manifest.from_json(storage.read(path))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptShard(f"{storage.root}/{path}", "not what a commit writes") from error

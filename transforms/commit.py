@@ -34,7 +34,8 @@ def fate_key(row: Decision) -> str:
     return f"{row.unit}/{row.fate}/{row.stage}/{row.code}"
 
 
-def _ids_digest(keyed: tuple[int, Iterable[bytes]]) -> tuple[int, int, bytes]:
+def ids_digest(keyed: tuple[int, Iterable[bytes]]) -> tuple[int, int, bytes]:
+    """(bucket, ids) -> (bucket, their count, sha256 of the sorted ids)."""
     bucket, ids = keyed
     members = sorted(ids)
     return bucket, len(members), hashlib.sha256(b"".join(members)).digest()
@@ -50,7 +51,7 @@ class DigestIds(beam.PTransform):
             ids
             | "ByFirstByte" >> beam.Map(lambda i: (i[0], i)).with_output_types(tuple[int, bytes])
             | "GroupByFirstByte" >> beam.GroupByKey()
-            | "Digest" >> beam.Map(_ids_digest).with_output_types(tuple[int, int, bytes])
+            | "Digest" >> beam.Map(ids_digest).with_output_types(tuple[int, int, bytes])
         )
 
 

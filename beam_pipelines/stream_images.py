@@ -1,0 +1,313 @@
+"""The streaming job: images as they arrive in, a child of the snapshot in force for each window out.
+
+`python -m beam_pipelines.stream_images --input gs://... --subscription projects/P/subscriptions/S --output gs://... -- <Beam's options>`
+"""
+
+import contextlib
+import functools
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+from apache_beam.io.gcp.pubsub import ReadFromPubSub
+from apache_beam.options.pipeline_options import StandardOptions
+from apache_beam.transforms.periodicsequence import PeriodicImpulse
+from rich.console import Console
+
+from beam_pipelines.curate_images import fixed_images
+from beam_pipelines.launch import is_local, run_pipeline
+from beam_pipelines.options import CurateOptions, StreamOptions, flag
+from beam_pipelines.prepare import Job, Prepared, duplicate_rules, filter_rule, prepare
+from beam_pipelines.request import keep_request
+from beam_pipelines.windows import WriteWindows, Writing
+from embeddings.encoder import Encoder
+from embeddings.stream import StreamRule
+from shards.errors import BadRequest
+from shards.ids import digest
+from shards.ledger import note_url_epoch
+from shards.snapshot import Snapshot, open_by_id, open_snapshot, read_current
+from transforms.against import KeptPack, ReadKept
+from transforms.arrive import (
+    Arrival,
+    FirstArrivals,
+    ListSources,
+    ReadNotices,
+    Windows,
+    decided_keys,
+    is_among,
+    keyed,
+    list_arrivals,
+)
+from transforms.embed import EmbedImages, Reading
+from transforms.filter import FilterImages
+from transforms.hold_back import HoldBack, Meeting
+from transforms.tag import TagImages
+
+_AT_ONCE = 64
+"""References of which a batch is fetched, decoded and embedded: as many as the main job takes on together."""
+_KEYS = 16
+NOT_IN_WINDOWS = (
+    "limit",
+    "decontaminate",
+    "any_orientation",
+    "geometric",
+    "vlm_base_url",
+    "vlm_local",
+    "loss_model",
+    "against",
+)
+"""Options of the main job that a window cannot honour."""
+
+
+class Streaming(NamedTuple):
+    """What the streaming job knows beside the main job's facts. `max_wait_s` bounds how long a batch fills; 0 in a run that ends."""
+
+    windows: Windows
+    meeting: Meeting
+    writing: Writing
+    max_wait_s: float
+
+
+def build(
+    arrivals: beam.PCollection[Arrival], job: Job, model: Encoder, streaming: Streaming
+) -> beam.PCollection[str]:
+    """The graph of the streaming job. Gives the ids of the children that it commits."""
+    first = arrivals | "FirstArrivals" >> FirstArrivals(job.to, job.facts.base, job.reach, streaming.windows)
+    waits = {"max_buffering_duration_secs": streaming.max_wait_s} if streaming.max_wait_s else {}
+    batches = (
+        first.main
+        | "Spread" >> beam.Map(lambda image: (digest(list(image.origin))[0] % _KEYS, image))
+        | "Together" >> beam.GroupIntoBatches(_AT_ONCE, **waits)
+        | "References" >> beam.FlatMap(lambda keyed: keyed[1])
+    )
+    reading = Reading(job.reach, model.geometry, model.images_at_once, job.options.decode)
+    looked_at = batches | "EmbedImages" >> EmbedImages(job.encoder, job.memory.encoder, reading, job.to)
+    meets_rule, filtered = looked_at.main | "FilterImages" >> FilterImages(filter_rule(job.options))
+    kept = arrivals.pipeline | "SnapshotIds" >> ReadKept(job.against)
+    answers = {
+        "arrivals": meets_rule,
+        "snapshot": fixed_images(arrivals.pipeline, job, model),
+    } | "HoldBack" >> HoldBack(streaming.meeting)
+    tagged = {"images": meets_rule} | "TagImages" >> TagImages(job.tagging.rule)
+    return {
+        "images": tagged,
+        "answers": answers,
+        "decisions": (first.decisions, looked_at.decisions, filtered) | "AllDecisions" >> beam.Flatten(),
+        "dead": (first.dead, looked_at.dead) | "AllDead" >> beam.Flatten(),
+        "snapshot": kept | "StoredIds" >> beam.Keys(),
+    } | "WriteWindows" >> WriteWindows(streaming.writing)
+
+
+def prepare_stream(options: StreamOptions, beam_args: Sequence[str]) -> tuple[Prepared, Streaming]:
+    """Check a whole request before anything is written. Raises BadRequest."""
+    for name in NOT_IN_WINDOWS:
+        if getattr(options, name):
+            raise BadRequest(
+                f"{flag(name)}: a window cannot honour it; stream without it, then give it to `shardmill curate` into the same folder"
+            )
+    prepared = prepare(options.model_copy(update={"replace": True}), beam_args)
+    job = prepared.job
+    for source in job.sources:
+        if source.format != "files":
+            raise BadRequest(
+                f"--input {source.path}: is of format {source.format}; a stream takes image files, one by one"
+            )
+    rule, own = duplicate_rules(options)
+    if own or job.tagging.look is not None:
+        what = "sources: with thresholds of their own" if own else "--tagger: models that look at pixels"
+        raise BadRequest(
+            f"{what}: a window cannot honour it; stream without, then `shardmill curate` into the same folder"
+        )
+    base = open_by_id(job.to.storage, job.facts.base) if job.facts.base else None
+    job = job._replace(against=_packs(job.to.out, base) if base else ())
+    lateness_ms, horizon_ms = 1000 * options.lateness, 1000 * options.horizon
+    streaming = Streaming(
+        Windows(options.window, options.lateness, options.horizon),
+        Meeting(
+            StreamRule(rule, horizon_ms, options.horizon_images),
+            lateness_ms,
+            job.search.encoder,
+            job.search.cells,
+        ),
+        Writing(
+            job.to,
+            job.reach,
+            {source.name: source for source in job.sources},
+            rule,
+            f"{prepared.model.fingerprint} {prepared.model.numerics}",
+            job.facts.options,
+            int(options.max_shard_size),
+            options.window_writers,
+            lateness_ms,
+            horizon_ms,
+        ),
+        min(5.0, options.window / 4),
+    )
+    return prepared._replace(job=job), streaming
+
+
+def _packs(out: str, base: Snapshot) -> list[KeptPack]:
+    tombstones = frozenset(base.tombstones())
+    return [KeptPack(out, base.id, pack, tombstones) for pack in base.stored_packs()]
+
+
+class Looks:
+    """The inputs, looked at again and again on this machine: each look commits, by a run that ends, what has arrived since the last.
+
+    What could not be used is tried again when it has changed, or in another process.
+    """
+
+    def __init__(self, options: StreamOptions, beam_args: Sequence[str], console: Console) -> None:
+        self._options, self._console = options, console
+        self._beam_args = [argument for argument in beam_args if not argument.startswith("--streaming")]
+        self._tried: set[bytes] = set()
+
+    def look(self) -> bool:
+        """Whether anything new was there."""
+        prepared, streaming = prepare_stream(self._options, self._beam_args)
+        job = prepared.job
+        decided = decided_keys(job.to, job.facts.base)
+        arrivals = {
+            key: arrival
+            for key, arrival in keyed(list_arrivals(job.sources, int(time.time() * 1000)), job.reach)
+            if key not in self._tried and not is_among(key, decided)
+        }
+        if not arrivals:
+            return False
+        self._tried |= arrivals.keys()
+
+        def construct(pipeline: beam.Pipeline) -> None:
+            ended = streaming._replace(max_wait_s=0.0)
+            build(pipeline | "Arrivals" >> beam.Create(list(arrivals.values())), job, prepared.model, ended)
+
+        discard = functools.partial(job.to.storage.discard, job.to.token)
+        run_pipeline(construct, prepared.pipeline_options, discard)
+        self._tell(job, len(arrivals))
+        return True
+
+    def _tell(self, job: Job, num_arrivals: int) -> None:
+        snapshot = open_snapshot(job.to.out)
+        kept = snapshot.manifest.funnels["image"].kept
+        when = time.strftime("%H:%M:%S")
+        self._console.print(
+            f"{when}  {num_arrivals} arrived, {kept} kept: snapshot {snapshot.id[:12]}", highlight=False
+        )
+
+
+def stream(options: StreamOptions, beam_args: Sequence[str] = (), console: Console | None = None) -> str:
+    """Run the streaming job until it is stopped, and give the id of the snapshot that is then in force.
+
+    On this machine SIGTERM and Ctrl-C stop it when all that has arrived is committed; a second one at once. Elsewhere the job is
+    started, and its engine stops it. Raises BadRequest before anything is written, RunFailed where the run broke off.
+    """
+    console = console or Console(stderr=True)
+    prepared, streaming = prepare_stream(options, beam_args)
+    job = prepared.job
+    inputs = ", ".join(source.path for source in job.sources)
+    heard = options.subscription or f"listed every {options.poll_every:g} s"
+    console.print(f"{inputs} ({heard}) into {options.output}: windows of {options.window} s", highlight=False)
+    if options.dry_run:
+        return job.facts.base
+    with contextlib.ExitStack() as run:
+        try:
+            run.enter_context(job.to.storage.hold())
+        except OSError as error:
+            raise BadRequest(f"--output {options.output}: cannot be written ({error.strerror})") from error
+        wanted = options.model_dump(include=set(CurateOptions.model_fields), exclude_defaults=True)
+        keep_request(
+            job.to.storage,
+            CurateOptions.model_validate(wanted),
+            [argument for argument in beam_args if not argument.startswith("--streaming")],
+        )
+        note_url_epoch(job.to.storage, job.reach.epoch)
+        if not is_local(prepared.pipeline_options):
+            _run_elsewhere(options, prepared, streaming)
+        else:
+            stop = run.enter_context(_stopped_by_signals())
+            _run_here(options, beam_args, prepared, streaming, stop, console)
+    return read_current(job.to.storage).snapshot
+
+
+def _run_elsewhere(options: StreamOptions, prepared: Prepared, streaming: Streaming) -> None:
+    prepared.pipeline_options.view_as(StandardOptions).streaming = True
+    job = prepared.job
+
+    def construct(pipeline: beam.Pipeline) -> None:
+        build(entry(pipeline, options, job), job, prepared.model, streaming)
+
+    run_pipeline(construct, prepared.pipeline_options, lambda: None)
+
+
+def entry(pipeline: beam.Pipeline, options: StreamOptions, job: Job) -> beam.PCollection[Arrival]:
+    """The unbounded beginning: notices of a subscription, or listings at intervals, and what lies there now."""
+    if not options.subscription:
+        ticks = pipeline | "Ticks" >> PeriodicImpulse(fire_interval=options.poll_every)
+        return ticks | "ListSources" >> ListSources(job.sources)
+    messages = pipeline | "Notices" >> ReadFromPubSub(
+        subscription=options.subscription, with_attributes=True, timestamp_attribute=None
+    )
+    return messages | "ReadNotices" >> ReadNotices(job.sources)
+
+
+def _run_here(
+    options: StreamOptions,
+    beam_args: Sequence[str],
+    prepared: Prepared,
+    streaming: Streaming,
+    stop: threading.Event,
+    console: Console,
+) -> None:
+    looks = Looks(options, beam_args, console)
+    looks.look()
+    if options.subscription and not options.once:
+        prepared, streaming = prepare_stream(options, beam_args)  # on what the look has committed
+        _listen(options, prepared, streaming, stop)
+        looks.look()
+    while not (options.once or options.subscription or stop.is_set()):
+        if not stop.wait(options.poll_every):
+            looks.look()
+
+
+def _listen(options: StreamOptions, prepared: Prepared, streaming: Streaming, stop: threading.Event) -> None:
+    """Notices on this machine: Beam's own streaming runner, until it is stopped. What it has not committed then, a look finds."""
+    beam_options = prepared.pipeline_options
+    beam_options.view_as(StandardOptions).streaming = True
+    pipeline = beam.Pipeline(runner="BundleBasedDirectRunner", options=beam_options)
+    build(entry(pipeline, options, prepared.job), prepared.job, prepared.model, streaming)
+    result = pipeline.run()
+    stop.wait()
+    result.cancel()
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[threading.Event]:
+    """The first SIGTERM or Ctrl-C sets the event, the next does what it did before."""
+    stop = threading.Event()
+    before: dict[int, Any] = {}
+
+    def once(number: int, _: object) -> None:
+        stop.set()
+        signal.signal(number, before[number])
+
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, once) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The same as `shardmill stream`."""
+    from beam_pipelines.cli import run
+
+    return run(["stream", *(sys.argv[1:] if argv is None else argv)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""Arrive: notices of objects, or listings of folders -> references that have not arrived before, each in the window of its arrival."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+import numpy as np
+import numpy.typing as npt
+from apache_beam.coders import BooleanCoder
+from apache_beam.metrics import Metrics
+from apache_beam.transforms.timeutil import TimeDomain
+from apache_beam.transforms.trigger import AccumulationMode, AfterWatermark
+from apache_beam.transforms.userstate import ReadModifyWriteStateSpec, TimerSpec, on_timer
+from apache_beam.transforms.window import FixedWindows, TimestampedValue
+from apache_beam.typehints.decorators import no_annotations
+from apache_beam.utils.timestamp import Duration
+
+from images.fetch import Reach
+from images.notices import parse_notice
+from images.sources import files_of, is_beside, origin_of
+from images.sources.source import Source, Unreadable
+from shards.errors import BadData
+from shards.ids import digest
+from shards.ledger import Ledger, RefRow, ref_key
+from shards.records import MediaRef, Origin, SourceImage
+from shards.snapshot import Destination, open_by_id
+from transforms.fates import DEAD, DECISIONS, Outcome, died
+from transforms.filesystems import AllFiles, fetcher_of
+
+STAGE = "arrive"
+NOTICES = "notices"
+"""Source of what names no object of any source."""
+
+
+class Windows(NamedTuple):
+    """Arrivals of `seconds` make a window, which closes `lateness_s` after its end; what arrived is known for `horizon_s`."""
+
+    seconds: int
+    lateness_s: int
+    horizon_s: int
+
+
+class Arrival(NamedTuple):
+    """A reference and when it came, in milliseconds since 1970; with a code where it is none."""
+
+    image: SourceImage
+    event_ms: int
+    code: str = ""
+    message: str = ""
+
+
+def arrival_of(message: Any, sources: Sequence[Source]) -> Arrival | None:
+    """What a Pub/Sub message says; None where it is about nothing in these sources. A message that says nothing is a failure."""
+    try:
+        notice = parse_notice(message.data, message.attributes)
+    except BadData as error:
+        unknown = SourceImage(Origin(0, NOTICES, message.message_id or "", 0), MediaRef("", 0, 0))
+        return Arrival(unknown, 0, error.code, str(error))
+    if notice is None or is_beside(notice.uri):
+        return None
+    for source in sources:
+        if notice.uri.startswith(f"{source.folder.rstrip('/')}/"):
+            image = SourceImage(origin_of(source, notice.uri), MediaRef(notice.uri, 0, -1))
+            return Arrival(image, notice.event_ms)
+    return None
+
+
+def list_arrivals(sources: Sequence[Source], now_ms: int) -> Iterator[Arrival]:
+    """Everything that lies in the sources, as if it arrived now."""
+    for source in sources:
+        for found in files_of(source, AllFiles()):
+            if isinstance(found, Unreadable):
+                lost = SourceImage(found.origin, MediaRef("", 0, 0))
+                yield Arrival(lost, now_ms, found.error.code, str(found.error))
+            else:
+                yield Arrival(SourceImage(origin_of(source, found), MediaRef(found, 0, -1)), now_ms)
+
+
+def decided_keys(to: Destination, snapshot_id: str) -> npt.NDArray[np.void]:
+    """Sorted keys, V32, of the references as they stood when their fate was decided in a snapshot or what it builds on.
+
+    32 bytes each. What could not be fetched has no key, so it is tried again.
+    """
+    if not snapshot_id:
+        return np.empty(0, "V32")
+    snapshot = open_by_id(to.storage, snapshot_id)
+    ids = {
+        image_id
+        for table in snapshot.batches("decisions", ["unit", "id"])
+        for unit, image_id in zip(*(table.column(name).to_pylist() for name in ("unit", "id")), strict=True)
+        if unit == "image" and image_id
+    }
+    keys = b"".join(row.key for row in Ledger(to.storage, RefRow).rows() if row.image_id.hex() in ids)
+    return np.sort(np.frombuffer(keys, "S32")).view("V32")
+
+
+class _FromNotice(beam.DoFn):
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._sources = sources
+
+    def process(self, message: Any) -> Iterator[Arrival]:
+        arrival = arrival_of(message, self._sources)
+        if arrival is None:
+            Metrics.counter(STAGE, "elsewhere").inc()
+        else:
+            yield arrival
+
+
+@dataclass
+class ReadNotices(beam.PTransform):
+    """PCollection[PubsubMessage] -> PCollection[Arrival]: of new objects in the sources, and of messages that make no sense."""
+
+    sources: Sequence[Source]
+
+    def expand(self, messages: beam.PCollection) -> beam.PCollection[Arrival]:
+        return messages | "FromNotice" >> beam.ParDo(_FromNotice(self.sources)).with_output_types(Arrival)
+
+
+@dataclass
+class ListSources(beam.PTransform):
+    """PCollection of ticks -> PCollection[Arrival]: at each tick everything that lies in the sources."""
+
+    sources: Sequence[Source]
+    clock: Callable[[], float] = time.time
+
+    @no_annotations
+    def expand(self, ticks: beam.PCollection) -> beam.PCollection[Arrival]:
+        sources, clock = self.sources, self.clock
+        return ticks | "List" >> beam.FlatMap(
+            lambda _: list_arrivals(sources, int(clock() * 1000))
+        ).with_output_types(Arrival)
+
+
+def is_among(key: bytes, keys: npt.NDArray[np.void]) -> bool:
+    """Whether a key is one of those that `decided_keys` gives."""
+    place = np.searchsorted(keys.view("S32"), np.frombuffer(key, "S32")[0])
+    return bool(place < len(keys) and keys[place].tobytes() == key)
+
+
+def keyed(arrivals: Iterable[Arrival], reach: Reach) -> Iterator[tuple[bytes, Arrival]]:
+    """Arrivals by their reference as it stands now; what is none, by where it is named."""
+    fetcher = fetcher_of(reach)
+    for arrival in arrivals:
+        image = arrival.image
+        if arrival.code:
+            yield digest([STAGE, *image.origin]), arrival
+        else:
+            yield ref_key(image.ref, fetcher.etag(image.ref)), arrival
+
+
+class _Undecided(beam.DoFn):
+    """Arrivals by their reference as it stands, without those whose fate is known."""
+
+    def __init__(self, to: Destination, base: str, reach: Reach) -> None:
+        self._to, self._base, self._reach = to, base, reach
+
+    def setup(self) -> None:
+        self._decided = decided_keys(self._to, self._base)
+
+    def process(self, arrival: Arrival) -> Iterator[tuple[bytes, Arrival]]:
+        for key, one in keyed([arrival], self._reach):
+            if is_among(key, self._decided):
+                Metrics.counter(STAGE, "known").inc()
+            else:
+                yield key, one
+
+
+class _First(beam.DoFn):
+    """Of arrivals with one key the first, for as long as it is remembered."""
+
+    SEEN = ReadModifyWriteStateSpec("seen", BooleanCoder())
+    FORGET = TimerSpec("forget", TimeDomain.WATERMARK)
+
+    def __init__(self, windows: Windows, clock: Callable[[], float]) -> None:
+        self._windows, self._clock = windows, clock
+
+    def process(
+        self,
+        keyed: tuple[bytes, Arrival],
+        seen: Any = beam.DoFn.StateParam(SEEN),
+        forget: Any = beam.DoFn.TimerParam(FORGET),
+    ) -> Iterator[Any]:
+        now, arrival = self._clock(), keyed[1]
+        forget.set(now + self._windows.horizon_s)
+        if seen.read():
+            Metrics.counter(STAGE, "again").inc()
+            return
+        seen.write(True)
+        # Never past the close of its window, and never ahead of the clock, whatever the notice says.
+        when = min(max(arrival.event_ms / 1000, now - self._windows.lateness_s), now)
+        yield TimestampedValue(arrival, when)
+
+    @on_timer(FORGET)
+    def forget(self, seen: Any = beam.DoFn.StateParam(SEEN)) -> None:
+        seen.clear()
+
+
+class _Split(beam.DoFn):
+    def process(self, arrival: Arrival) -> Iterator[Any]:
+        if arrival.code:
+            yield from died("image", b"", STAGE, arrival.code, arrival.image.origin, arrival.message)
+        else:
+            yield arrival.image
+
+
+@dataclass
+class FirstArrivals(beam.PTransform):
+    """PCollection[Arrival] -> Outcome of SourceImage in windows of their arrival.
+
+    Dropped without a trace: what arrives again, as it stood, within the horizon, and what snapshot `base`, or what that builds on, has
+    decided. Dropped with one: messages that name no object. Shuffled: references. State: a flag a reference, for the horizon.
+    """
+
+    to: Destination
+    base: str
+    reach: Reach
+    windows: Windows
+    clock: Callable[[], float] = time.time
+
+    @no_annotations
+    def expand(self, arrivals: beam.PCollection[Arrival]) -> Outcome:
+        windows = self.windows
+        split = (
+            arrivals
+            | "Undecided"
+            >> beam.ParDo(_Undecided(self.to, self.base, self.reach)).with_output_types(tuple[bytes, Arrival])
+            | "First" >> beam.ParDo(_First(windows, self.clock)).with_output_types(Arrival)
+            | "Windows"
+            >> beam.WindowInto(
+                FixedWindows(windows.seconds),
+                trigger=AfterWatermark(),
+                accumulation_mode=AccumulationMode.DISCARDING,
+                allowed_lateness=Duration(seconds=windows.horizon_s),
+            )
+            | "Split"
+            >> beam.ParDo(_Split())
+            .with_output_types(SourceImage)
+            .with_outputs(DECISIONS, DEAD, main="images")
+        )
+        return Outcome(split.images, split[DECISIONS], split[DEAD])
