@@ -12,6 +12,7 @@ FATE_MEANINGS: Mapping[str, str] = {
 """What each fate means, in the order of `shards.records.FATES`."""
 
 _DEAD_IMAGES: Mapping[str, str] = {
+    "bad_notice": "A message of the subscription names no object.",
     "file_missing": "No file is there under its name.",
     "not_a_file": "Its name leads to a folder, pipe or device, in an archive to a link or a file with holes, not to a file.",
     "unreadable": "The operating system, or the service of its bucket, refused to open or read it.",
@@ -78,6 +79,8 @@ CODES: Mapping[str, str] = {
     "near_phash": "Its 64-bit perceptual hash is close to that of a kept image, within --phash-bits.",
     "near_geometric": "It, or the kept image that it is a copy of, is a crop, flip, rotation or padded copy of a kept image.",
     "against_bytes": "A snapshot of --against keeps the same bytes.",
+    "held_back_cosine": "It came after an image that its embedding is close to, at or above --cosine; `shardmill compact` judges both anew.",
+    "held_back_phash": "It came after an image that its 64-bit perceptual hash is close to, within --phash-bits; `shardmill compact` judges both anew.",
     "against_cosine": "Its embedding is close to that of an image that a snapshot of --against keeps, at or above --cosine.",
     "against_phash": "Its 64-bit perceptual hash is close to that of an image that a snapshot of --against keeps, within --phash-bits.",
     "against_geometric": "It, or what it is a copy of, is a crop, flip, rotation or padded copy of an image that a snapshot of --against keeps.",
@@ -134,6 +137,8 @@ _COMPARISONS: Mapping[str, str] = {
     "near_geometric": _GEOMETRIC,
     "against_phash": _PHASH,
     "against_cosine": _COSINE,
+    "held_back_cosine": _COSINE,
+    "held_back_phash": _PHASH,
     "against_geometric": _GEOMETRIC,
     "benchmark_phash": _PHASH,
     "benchmark_phash_verified": _PHASH,

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import apache_beam as beam
 import psutil
@@ -99,6 +99,22 @@ def _as_ended(kind: str, message: str) -> ShardmillError:
     return ended(message.split(" [while running")[0])
 
 
+def end_now(clean_up: Callable[[], None] = lambda: None) -> NoReturn:
+    """End this process with exit code 130, and those that it started, whatever its threads are at."""
+    screen = os.dup(2)
+    # Threads that lose their worker processes say so at length.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    # In a thread, for a while: this one may be interrupted inside a lock that cleaning up needs, or the network be away.
+    cleaning = threading.Thread(target=clean_up, daemon=True)
+    cleaning.start()
+    cleaning.join(_CLEAN_UP_S)
+    os.write(screen, b"\ninterrupted; what stood before still stands\n")
+    os._exit(130)
+
+
 @contextlib.contextmanager
 def _interruptible(on_interrupt: Callable[[], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
@@ -106,18 +122,7 @@ def _interruptible(on_interrupt: Callable[[], None]) -> Iterator[None]:
         return
 
     def interrupt(*_: Any) -> None:
-        screen = os.dup(2)
-        # Threads that lose their worker processes say so at length.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        for child in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-        # In a thread, for a while: this one may be interrupted inside a lock that cleaning up needs, or the network be away.
-        cleaning = threading.Thread(target=on_interrupt, daemon=True)
-        cleaning.start()
-        cleaning.join(_CLEAN_UP_S)
-        os.write(screen, b"\ninterrupted; what stood before still stands\n")
-        os._exit(130)
+        end_now(on_interrupt)
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

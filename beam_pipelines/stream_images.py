@@ -10,16 +10,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import apache_beam as beam
-from apache_beam.io.gcp.pubsub import ReadFromPubSub
 from apache_beam.options.pipeline_options import StandardOptions
 from apache_beam.transforms.periodicsequence import PeriodicImpulse
 from rich.console import Console
 
 from beam_pipelines.curate_images import fixed_images
-from beam_pipelines.launch import is_local, run_pipeline
+from beam_pipelines.launch import end_now, is_local, run_pipeline
 from beam_pipelines.options import CurateOptions, StreamOptions, flag
 from beam_pipelines.prepare import Job, Prepared, duplicate_rules, filter_rule, prepare
 from beam_pipelines.request import keep_request
@@ -29,6 +29,7 @@ from embeddings.stream import StreamRule
 from shards.errors import BadRequest
 from shards.ids import digest
 from shards.ledger import note_url_epoch
+from shards.records import SourceImage
 from shards.snapshot import Snapshot, open_by_id, open_snapshot, read_current
 from transforms.against import KeptPack, ReadKept
 from transforms.arrive import (
@@ -80,7 +81,10 @@ def build(
     waits = {"max_buffering_duration_secs": streaming.max_wait_s} if streaming.max_wait_s else {}
     batches = (
         first.main
-        | "Spread" >> beam.Map(lambda image: (digest(list(image.origin))[0] % _KEYS, image))
+        | "Spread"
+        >> beam.Map(lambda image: (digest(list(image.origin))[0] % _KEYS, image)).with_output_types(
+            tuple[int, SourceImage]
+        )
         | "Together" >> beam.GroupIntoBatches(_AT_ONCE, **waits)
         | "References" >> beam.FlatMap(lambda keyed: keyed[1])
     )
@@ -185,7 +189,10 @@ class Looks:
             build(pipeline | "Arrivals" >> beam.Create(list(arrivals.values())), job, prepared.model, ended)
 
         discard = functools.partial(job.to.storage.discard, job.to.token)
-        run_pipeline(construct, prepared.pipeline_options, discard)
+        try:
+            run_pipeline(construct, prepared.pipeline_options, discard)
+        finally:
+            discard()
         self._tell(job, len(arrivals))
         return True
 
@@ -227,8 +234,9 @@ def stream(options: StreamOptions, beam_args: Sequence[str] = (), console: Conso
         if not is_local(prepared.pipeline_options):
             _run_elsewhere(options, prepared, streaming)
         else:
-            stop = run.enter_context(_stopped_by_signals())
-            _run_here(options, beam_args, prepared, streaming, stop, console)
+            with ThreadPoolExecutor(1) as aside, _stopped_by_signals() as stop:
+                # Aside, so that a signal interrupts no run: it ends when it has committed.
+                aside.submit(_run_here, options, beam_args, stop, console).result()
     return read_current(job.to.storage).snapshot
 
 
@@ -247,29 +255,26 @@ def entry(pipeline: beam.Pipeline, options: StreamOptions, job: Job) -> beam.PCo
     if not options.subscription:
         ticks = pipeline | "Ticks" >> PeriodicImpulse(fire_interval=options.poll_every)
         return ticks | "ListSources" >> ListSources(job.sources)
-    messages = pipeline | "Notices" >> ReadFromPubSub(
-        subscription=options.subscription, with_attributes=True, timestamp_attribute=None
-    )
+    # Warns of what is not installed when it is imported.
+    from apache_beam.io.gcp.pubsub import ReadFromPubSub
+
+    messages = pipeline | "Notices" >> ReadFromPubSub(subscription=options.subscription, with_attributes=True)
     return messages | "ReadNotices" >> ReadNotices(job.sources)
 
 
 def _run_here(
-    options: StreamOptions,
-    beam_args: Sequence[str],
-    prepared: Prepared,
-    streaming: Streaming,
-    stop: threading.Event,
-    console: Console,
+    options: StreamOptions, beam_args: Sequence[str], stop: threading.Event, console: Console
 ) -> None:
     looks = Looks(options, beam_args, console)
     looks.look()
-    if options.subscription and not options.once:
+    if options.once:
+        return
+    if options.subscription:
         prepared, streaming = prepare_stream(options, beam_args)  # on what the look has committed
         _listen(options, prepared, streaming, stop)
+    while not options.subscription and not stop.wait(options.poll_every):
         looks.look()
-    while not (options.once or options.subscription or stop.is_set()):
-        if not stop.wait(options.poll_every):
-            looks.look()
+    looks.look()
 
 
 def _listen(options: StreamOptions, prepared: Prepared, streaming: Streaming, stop: threading.Event) -> None:
@@ -281,20 +286,23 @@ def _listen(options: StreamOptions, prepared: Prepared, streaming: Streaming, st
     result = pipeline.run()
     stop.wait()
     result.cancel()
+    prepared.job.to.storage.discard(prepared.job.to.token)
 
 
 @contextlib.contextmanager
 def _stopped_by_signals() -> Iterator[threading.Event]:
-    """The first SIGTERM or Ctrl-C sets the event, the next does what it did before."""
+    """The first SIGTERM or Ctrl-C sets the event, the next ends the process here and now."""
     stop = threading.Event()
-    before: dict[int, Any] = {}
 
-    def once(number: int, _: object) -> None:
+    def interrupt(*_: Any) -> None:
+        if stop.is_set():
+            end_now()
         stop.set()
-        signal.signal(number, before[number])
 
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, once) for number in (signal.SIGINT, signal.SIGTERM)}
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:

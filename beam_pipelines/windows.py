@@ -40,7 +40,6 @@ from transforms.resolve import collapse, fate_of_unused, resolve_sample
 from transforms.write import pack_images, row_shard, write_dead, write_decisions, write_sample_shard
 
 STAGE = "window"
-HELD_BACK = "held_back"
 SETTLE = "settle"
 _ID_AND_TIME = 40
 """Bytes in which a decided image is remembered: its id, and the end of its window."""
@@ -105,7 +104,7 @@ def settle_window(gathered: Gathered, seen: Set[bytes], writing: Writing) -> Set
         elif held is None:
             kept.append(NamedImage(image_id, first, images[0].num_bytes, tags, ""))
         else:
-            fate = ImageFate("duplicate", HELD_BACK, image_id, held.earlier_id, False, tags)
+            fate = ImageFate("duplicate", "held_back", image_id, held.earlier_id, False, tags)
             rows.append(_held_back(first.origin, held, writing.rule))
         for other in others:
             rows.append(
@@ -147,20 +146,13 @@ def _said_before(sample: Sample) -> Decision:
 
 
 def _held_back(origin: Origin, held: HeldBack, rule: DuplicateRule) -> Decision:
-    """Score and threshold are of the signal that proposed the pair: cosine similarities, or differing bits of the pHash."""
-    by_cosine = held.score >= rule.cosine
-    score = held.score if by_cosine else float(held.phash_bits)
-    threshold = rule.cosine if by_cosine else float(rule.phash_bits)
+    code, score, threshold = (
+        ("held_back_cosine", held.score, rule.cosine)
+        if held.score >= rule.cosine
+        else ("held_back_phash", float(held.phash_bits), float(rule.phash_bits))
+    )
     return decision(
-        "image",
-        "duplicate",
-        held.image_id,
-        HOLD_BACK,
-        HELD_BACK,
-        origin,
-        score,
-        threshold,
-        held.earlier_id,
+        "image", "duplicate", held.image_id, HOLD_BACK, code, origin, score, threshold, held.earlier_id
     )
 
 

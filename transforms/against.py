@@ -50,7 +50,12 @@ class ReadKept(beam.PTransform):
             | "SpreadPacks" >> beam.Reshuffle()
             | "KeptImages"
             >> beam.FlatMap(references_of).with_output_types(beam.typehints.Tuple[bytes, SourceImage])
-            | "EachKeptOnce" >> beam.CombinePerKey(min)
+            # No combiner: Beam's own streaming runner takes none before a window.
+            | "KeptTogether" >> beam.GroupByKey()
+            | "EachKeptOnce"
+            >> beam.MapTuple(lambda image_id, references: (image_id, min(references))).with_output_types(
+                beam.typehints.Tuple[bytes, SourceImage]
+            )
         )
 
 

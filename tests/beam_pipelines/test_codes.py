@@ -27,6 +27,7 @@ CODE_ARGUMENT = {
     "Unfit": 0,
     "Judgement": 0,
     "decision": 4,
+    "sample_decision": 3,
     "dead_letter": 2,
     "died": 3,
     "Verdict": 2,

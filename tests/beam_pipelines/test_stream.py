@@ -1,0 +1,281 @@
+"""The streaming job: what arrives is committed window by window, nothing is lost or doubled, and folding gives what one run gives."""
+
+import datetime
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import pytest
+from PIL import Image
+
+from beam_pipelines import stream_images
+from beam_pipelines.cli import run
+from beam_pipelines.options import StreamOptions, parse_as
+from beam_pipelines.stream_images import Looks, stream
+from shards.ids import image_id_of
+from shards.ledger import ImageRow, Ledger
+from shards.snapshot import Snapshot, open_snapshot, read_current
+from shards.storage import storage_of
+from shards.verify import verify_snapshot
+from tests.loopback_gcs import LoopbackGcs
+from tests.loopback_pubsub import SUBSCRIPTION, LoopbackPubsub, pubsub  # noqa: F401  (a fixture)
+from tests.proof import counts
+
+REPOSITORY = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+
+
+def options_of(inputs: str, out: Path, **more: object) -> StreamOptions:
+    return parse_as(StreamOptions, {"input": [inputs], "output": str(out), **more})
+
+
+def codes(snapshot: Snapshot, unit: str = "image") -> Counter[str]:
+    """Codes of a whole chain, by its manifests, which its decision rows bear out."""
+    told: Counter[str] = Counter()
+    for manifest in snapshot.manifests:
+        told.update(manifest.codes)
+    rows = Counter(
+        "/".join(row)
+        for table in snapshot.batches("decisions", ["unit", "fate", "stage", "code"])
+        for row in zip(*(column.to_pylist() for column in table.columns), strict=True)
+    )
+    assert rows == told
+    return Counter(
+        {key.rsplit("/", 1)[1]: count for key, count in told.items() if key.startswith(f"{unit}/")}
+    )
+
+
+def fates(snapshot: Snapshot) -> dict[str, tuple[str, str]]:
+    return {
+        name: (fate, code)
+        for table in snapshot.batches("decisions", ["unit", "name", "fate", "code"])
+        for unit, name, fate, code in zip(*(column.to_pylist() for column in table.columns), strict=True)
+        if unit == "image"
+    }
+
+
+def test_looks_and_a_fold_give_what_one_run_gives(
+    tmp_path: Path, corpus: list[Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    (photos / "more").mkdir(parents=True)
+    for path in corpus[:3]:
+        (photos / path.name).write_bytes(path.read_bytes())
+    with Image.open(corpus[3]) as image:
+        whole = image.convert("RGB")
+    whole.resize((whole.width // 2, whole.height // 2), Image.Resampling.LANCZOS).save(photos / "half.png")
+    options = options_of(f"photos={photos}", out, once=True)
+    assert stream(options, console=_quiet()) == read_current(storage_of(str(out))).snapshot
+    looks = Looks(options, [], _quiet())
+    assert not looks.look()
+    first = open_snapshot(str(out))
+    assert first.manifest.parent == "" and first.manifest.window["end_ms"] > 0
+    assert codes(first) == {"kept": 4}
+
+    whole.save(photos / "whole.png")
+    (photos / "again.jpg").write_bytes(corpus[0].read_bytes())
+    (photos / "more" / "junk.jpg").write_bytes(b"no image")
+    (photos / "gone.jpg").symlink_to(photos / "nowhere")
+    (photos / "notes.txt").write_text("no image, and no input")
+    assert looks.look() and not looks.look(), "what cannot be fetched is not tried at each look"
+    second = open_snapshot(str(out))
+    assert second.manifest.parent == first.id and second.manifest.live_images == 0
+    told = fates(second)
+    assert told["whole.png"] == ("duplicate", "held_back_phash") and told["half.png"] == ("kept", "kept")
+    assert told["again.jpg"] == ("duplicate", "same_bytes")
+    assert told["more/junk.jpg"][1] == "unknown_format" and told["gone.jpg"][1] == "file_missing"
+    assert codes(second, "sample") == {
+        "kept": 4,
+        "image_duplicate": 1,
+        "same_sample": 1,
+        "image_unknown_format": 1,
+        "image_file_missing": 1,
+    }
+    assert not list(verify_snapshot(second))
+    assert sorted(second.media.ids()) == sorted(first.media.ids())
+
+    (photos / corpus[4].name).write_bytes(corpus[4].read_bytes())
+    assert Looks(options, [], _quiet()).look(), "in another process, as it were"
+    third = open_snapshot(str(out))
+    assert len(third.manifests) == 3 and third.manifest.funnels["image"].input == 2  # and what was not there
+
+    embedded = _embedded(out)
+    capfd.readouterr()
+    assert run(["compact", str(out)]) == 0
+    assert "8 images known from the ledger, 0 embedded now" in capfd.readouterr().err
+    assert run(["curate", "--input", f"photos={photos}", "--output", str(tmp_path / "once")]) == 0
+    folded, once = open_snapshot(str(out)), open_snapshot(str(tmp_path / "once"))
+    assert folded.id == once.id and folded.manifest.media == once.manifest.media
+    assert _embedded(out) == embedded
+    assert fates(folded)["whole.png"] == ("kept", "kept") and fates(folded)["half.png"][0] == "duplicate"
+    assert run(["gc", str(out)]) == 0 and not list(verify_snapshot(open_snapshot(str(out))))
+
+
+def _embedded(out: Path) -> set[bytes]:
+    return {row.key for row in Ledger(storage_of(str(out)), ImageRow).rows() if not row.code}
+
+
+def _quiet() -> "stream_images.Console":
+    return stream_images.Console(quiet=True)
+
+
+def _when(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat()
+
+
+def _until(holds: Callable[[], bool], within_s: float = 120) -> None:
+    end = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def _arrived(out: Path) -> Counter[str]:
+    return codes(open_snapshot(str(out))) if read_current(storage_of(str(out))).snapshot else Counter()
+
+
+def test_notices_that_come_twice_late_out_of_order_or_broken(
+    gcs: LoopbackGcs,
+    pubsub: LoopbackPubsub,  # noqa: F811
+    tmp_path: Path,
+    corpus: list[Path],
+) -> None:
+    count, chance = counts.count(10_000, 40), Random(5)
+    root, out = f"gs://{gcs.bucket}/photos", tmp_path / "out"
+    storage = storage_of(root)
+    contents = {}
+    for number in range(count):
+        # A few bytes after an image's end make another one of it, which only its pixels tell.
+        path = corpus[number % 20]
+        contents[f"{number}{path.suffix}"] = path.read_bytes() + bytes(number // 20)
+    distinct = min(20, count)
+    for name, data in contents.items():
+        storage.write(name, data)
+    missed = [f"{count - 1 - number}{corpus[(count - 1 - number) % 20].suffix}" for number in range(3)]
+
+    def notice(name: str, seconds_ago: float) -> dict[str, str]:
+        return {
+            "eventType": "OBJECT_FINALIZE",
+            "bucketId": gcs.bucket,
+            "objectId": f"photos/{name}",
+            "eventTime": _when(time.time() - seconds_ago),
+        }
+
+    told = [notice(name, chance.uniform(-60, 3600)) for name in contents if name not in missed]
+    told += chance.choices(told, k=count // 4)
+    told += [notice("gone.jpg", 0), notice("../elsewhere.jpg", 0), notice("beside.json", 0)]
+    chance.shuffle(told)
+    options = options_of(f"photos={root}", out, subscription=SUBSCRIPTION, window="2", lateness="1")
+
+    def listening() -> tuple[threading.Thread, threading.Event]:
+        stop = threading.Event()
+        prepared, streaming = stream_images.prepare_stream(options, [])
+        thread = threading.Thread(
+            target=stream_images._listen, args=(options, prepared, streaming, stop), daemon=True
+        )
+        thread.start()
+        return thread, stop
+
+    half = len(told) // 2
+    for message in told[:half]:
+        pubsub.publish(message)
+    pubsub.publish({"eventType": "OBJECT_DELETE", "bucketId": gcs.bucket, "objectId": "photos/0.png"})
+    pubsub.publish({"bucketId": gcs.bucket}, b"{", "poison")
+    pubsub.publish({"bucketId": gcs.bucket}, b"{", "poison")
+    thread, stop = listening()
+    _until(lambda: pubsub.unacknowledged() == 0 and _arrived(out).total() > 0)
+    stop.set()  # wherever it is
+    thread.join()
+
+    pubsub.publish({**told[0]})  # as if it had not been acknowledged
+    for message in told[half:]:
+        pubsub.publish(message)
+    thread, stop = listening()
+    _until(lambda: pubsub.unacknowledged() == 0)
+    stop.set()
+    thread.join()
+    # What the runner had taken and not committed, and what no notice told of, lies there still.
+    Looks(options, [], _quiet()).look()
+    snapshot = open_snapshot(str(out))
+    found = codes(snapshot)
+    assert found["kept"] == distinct
+    assert found["held_back_cosine"] + found["held_back_phash"] == count - distinct
+    names = Counter(
+        name
+        for table in snapshot.batches("decisions", ["unit", "name"])
+        for unit, name in zip(*(column.to_pylist() for column in table.columns), strict=True)
+        if unit == "image"
+    )
+    assert {name: names[name] for name in contents} == dict.fromkeys(contents, 1)
+    assert set(names) - set(contents) <= {"gone.jpg", "poison"}
+    assert not list(verify_snapshot(snapshot))
+    stored = {image_id_of(data) for data in contents.values()}
+    assert set(snapshot.media.ids()) <= stored and len(set(snapshot.media.ids())) == distinct
+
+
+def test_sigterm_commits_what_has_arrived(tmp_path: Path, corpus: list[Path]) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    (photos / "first.jpg").write_bytes(corpus[0].read_bytes())
+    command = [sys.executable, "-m", "beam_pipelines.stream_images"]
+    child = subprocess.Popen(
+        [*command, "--input", str(photos), "--output", str(out), "--poll-every", "600"],
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    try:
+        _until(lambda: child.poll() is not None or _arrived(out).total() == 1)
+        (photos / "second.jpg").write_bytes(corpus[1].read_bytes())
+        child.send_signal(signal.SIGTERM)
+        _, said = child.communicate(timeout=120)
+    finally:
+        child.kill()
+    assert child.returncode == 0, said
+    assert codes(open_snapshot(str(out))) == {"kept": 2}
+    assert not [path for path in (out / ".staging").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"limit": "5"}, "--limit: a window cannot honour it"),
+        ({"geometric": True}, "--geometric: a window cannot honour it"),
+        ({"vlm_base_url": ["http://127.0.0.1:9/v1"]}, "--vlm-base-url: a window cannot honour it"),
+        ({"tagger": ["ocr"]}, "--tagger: models that look at pixels"),
+        ({"input": ["nowhere"]}, "nowhere"),
+        ({"subscription": "objects"}, "--subscription 'objects'"),
+    ],
+)
+def test_what_a_window_cannot_honour_stops_before_work_starts(
+    tmp_path: Path,
+    corpus: list[Path],
+    more: dict[str, object],
+    said: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    flags = {"input": [str(corpus[0].parent)], "output": str(tmp_path / "out"), "once": True, **more}
+    arguments = [
+        part
+        for name, value in flags.items()
+        for one in (value if isinstance(value, list) else [value])
+        for part in ([f"--{name.replace('_', '-')}"] if one is True else [f"--{name.replace('_', '-')}", one])
+    ]
+    assert run(["stream", *arguments]) == 2
+    errors = capfd.readouterr().err.strip()
+    assert said in errors and len(errors.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path, corpus: list[Path]) -> None:
+    options = options_of(str(corpus[0].parent), tmp_path / "out", dry_run=True)
+    assert stream(options, console=_quiet()) == ""
+    assert not (tmp_path / "out").exists()
