@@ -26,8 +26,9 @@ from beam_pipelines.request import keep_request
 from beam_pipelines.windows import WriteWindows, Writing
 from embeddings.encoder import Encoder
 from embeddings.stream import StreamRule
+from images.fetch import decoders_of
 from shards.errors import BadRequest
-from shards.ids import digest
+from shards.ids import digest, shard_of
 from shards.ledger import note_url_epoch
 from shards.records import SourceImage
 from shards.snapshot import Snapshot, open_by_id, open_snapshot, read_current
@@ -50,7 +51,6 @@ from transforms.tag import TagImages
 
 _AT_ONCE = 64
 """References of which a batch is fetched, decoded and embedded: as many as the main job takes on together."""
-_KEYS = 16
 NOT_IN_WINDOWS = (
     "limit",
     "decontaminate",
@@ -65,11 +65,16 @@ NOT_IN_WINDOWS = (
 
 
 class Streaming(NamedTuple):
-    """What the streaming job knows beside the main job's facts. `max_wait_s` bounds how long a batch fills; 0 in a run that ends."""
+    """What the streaming job knows beside the main job's facts.
+
+    References are batched in `spread` places side by side; few, as every forward costs that of a whole batch. `max_wait_s` bounds how
+    long a batch fills; 0 in a run that ends.
+    """
 
     windows: Windows
     meeting: Meeting
     writing: Writing
+    spread: int
     max_wait_s: float
 
 
@@ -82,9 +87,9 @@ def build(
     batches = (
         first.main
         | "Spread"
-        >> beam.Map(lambda image: (digest(list(image.origin))[0] % _KEYS, image)).with_output_types(
-            tuple[int, SourceImage]
-        )
+        >> beam.Map(
+            lambda image: (shard_of(digest(list(image.origin)), streaming.spread), image)
+        ).with_output_types(tuple[int, SourceImage])
         | "Together" >> beam.GroupIntoBatches(_AT_ONCE, **waits)
         | "References" >> beam.FlatMap(lambda keyed: keyed[1])
     )
@@ -149,7 +154,8 @@ def prepare_stream(options: StreamOptions, beam_args: Sequence[str]) -> tuple[Pr
             lateness_ms,
             horizon_ms,
         ),
-        min(5.0, options.window / 4),
+        options.workers,
+        max(0.5, min(options.window / 4, options.lateness / 2)),
     )
     return prepared._replace(job=job), streaming
 
@@ -283,9 +289,11 @@ def _listen(options: StreamOptions, prepared: Prepared, streaming: Streaming, st
     beam_options.view_as(StandardOptions).streaming = True
     pipeline = beam.Pipeline(runner="BundleBasedDirectRunner", options=beam_options)
     build(entry(pipeline, options, prepared.job), prepared.job, prepared.model, streaming)
-    result = pipeline.run()
-    stop.wait()
-    result.cancel()
+    # This runner sets every step up anew for each bundle: decoders are started once, by whoever borrows them first.
+    with decoders_of(prepared.job.reach):
+        result = pipeline.run()
+        stop.wait()
+        result.cancel()
     prepared.job.to.storage.discard(prepared.job.to.token)
 
 

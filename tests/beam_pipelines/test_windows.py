@@ -33,7 +33,9 @@ SOURCE = Source(0, "photos", "photos", "files", "photos", license="CC0", languag
 def writing_to(folder: Path) -> Writing:
     to = Destination(str(folder / "out"), "f" * 32)
     options = {"max_shard_size": 10**6}
-    return Writing(to, Reach(WebOptions()), {"photos": SOURCE}, DuplicateRule(), "e n", options, 10**6, 1, 0, 10**6)
+    return Writing(
+        to, Reach(WebOptions()), {"photos": SOURCE}, DuplicateRule(), "e n", options, 10**6, 1, 0, 10**6
+    )
 
 
 def image(folder: Path, name: str, data: bytes) -> TaggedImage:
