@@ -390,8 +390,8 @@ def stages_of(
     searched = search_work(load, curve, costs, planned)
     vector = 2 * load.dimensions + SIGNATURE_BYTES
     sent = searched.members * vector + searched.band_members * SIGNATURE_BYTES
-    sampled = min(images, 32 * MAX_SAMPLE) * (2 * load.dimensions + 16)
-    # Each worker keeps a sample of its own until they are joined.
+    # Each worker keeps a sample of its own until they are joined; what was measured had one.
+    sampled = min(images, (1 if known else 32) * MAX_SAMPLE) * (2 * load.dimensions + 16)
     fitted = costs.fit_cell * searched.cells
     route_cpu = costs.route_product * searched.routed * load.dimensions
     route_cpu += costs.route_member * searched.members + costs.band_route * searched.band_members
@@ -405,7 +405,7 @@ def stages_of(
         "embed": Cost(images * costs.embed),
         "ledger": Cost(images * costs.remember, stored=images * costs.ledger_bytes),
     }
-    listed = images * (costs.launcher if known else max(costs.launcher, costs.listing))
+    listed = images * max(costs.launcher, costs.listing)
     return {
         # As planned, a run counts its input in the graph instead of listing all of it first.
         "plan": Cost(listed * planned, costs.fixed["launcher"] + listed * (not planned)),
@@ -664,7 +664,7 @@ def work_of(one: Mapping[str, Any]) -> Searched:
 def print_check(costs: Costs) -> None:
     print("| | measured | predicted | error |\n|---|---|---|---|")
     for name, measured, predicted, calibrated in error_rows(costs):
-        error = "calibrated on" if calibrated else f"{predicted / measured - 1:+.0%}"
+        error = f"{predicted / measured - 1:+.0%}{', calibrated on' * calibrated}"
         print(f"| {name} | {number(measured)} | {number(predicted)} | {error} |")
 
 
