@@ -66,6 +66,7 @@ bench: setup  ## the measures of docs/benchmarks.md
 	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python -m benchmarks.contamination
 	$(BIN)/python -m benchmarks.search
+	$(BIN)/python -m benchmarks.simulate --check
 
 bench-decode: setup  ## from sources to a model's input: decoding beside timm's transform, the sandbox, listing tars, urls
 	$(BIN)/python -m benchmarks.decode

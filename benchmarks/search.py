@@ -50,7 +50,8 @@ class Planted(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What one contender took. `peak` in bytes above what it had once the vectors were loaded; pairs it compared; its cells."""
+    """What one contender took. `peak` in bytes above what it had once the vectors were loaded; pairs it compared; its cells; CPU seconds of
+    all threads."""
 
     fit_s: float
     route_s: float
@@ -60,6 +61,7 @@ class Run(NamedTuple):
     recall: float
     cells: int
     plan: str = ""
+    cpu_s: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -235,9 +237,9 @@ CONTENDERS: dict[str, tuple[Callable[[Planted, float, float, int, str], Run], fl
 def one_turn(folder: Path, name: str, cosine: float, num_cells: int, device: str) -> Run:
     contender, recall = CONTENDERS[name]
     data = load(folder)
-    before = peak_bytes("VmRSS")
+    before, began = peak_bytes("VmRSS"), time.process_time()
     run = contender(data, cosine, recall, num_cells, device)
-    return run._replace(peak=run.peak - before)
+    return run._replace(peak=run.peak - before, cpu_s=time.process_time() - began)
 
 
 class Grown(NamedTuple):
@@ -306,9 +308,9 @@ def _spread(values: list[float], form: str) -> str:
 
 def report(count: int, rounds: list[dict[str, Run]]) -> None:
     print(
-        "| | fit, s | route, s | search, s | vectors/s | SemDeDup's time / it | recall of planted pairs | pairs of brute force | GB |"
+        "| | fit, s | route, s | search, s | vectors/s | SemDeDup's time / it | recall of planted pairs | pairs of brute force | GB | CPU s |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for name, one in rounds[0].items():
         runs = [turns[name] for turns in rounds]
         columns = [
@@ -323,11 +325,44 @@ def report(count: int, rounds: list[dict[str, Run]]) -> None:
             f"{one.recall:.4f}",
             f"{100 * one.compared / (count * (count - 1) / 2):.2f} %",
             _spread([run.peak / 1e9 for run in runs], ".2f"),
+            _spread([run.cpu_s for run in runs], ".1f"),
         ]
         print(f"| {name} | {' | '.join(columns)} |")
     for name, run in rounds[0].items():
         if run.plan:
             print(f"<!-- {name}: {run.plan} -->")
+
+
+def plot(measured: dict[str, list[tuple[int, Run]]], path: Path) -> None:
+    """CPU seconds and memory against the number of vectors, each with the power of it that fits best."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 3.8))
+    print()
+    for place, (name, runs) in enumerate(measured.items()):
+        counts = np.array([count for count, _ in runs], float)
+        for panel, values in zip(
+            panels, ([run.cpu_s for _, run in runs], [run.peak / 1e9 for _, run in runs]), strict=True
+        ):
+            panel.loglog(counts, values, "o", color=f"C{place}")
+            if len(runs) < 2:
+                continue
+            power, scale = np.polyfit(np.log(counts), np.log(values), 1)
+            panel.loglog(
+                counts, np.exp(scale) * counts**power, color=f"C{place}", label=f"{name}: N^{power:.2f}"
+            )
+            print(f"{name}: {'CPU s' if panel is panels[0] else 'GB'} {np.exp(scale):.3g} N^{power:.2f}")
+    for panel, title in zip(panels, ("CPU seconds", "GB above the vectors"), strict=True):
+        panel.set_xlabel("vectors")
+        panel.set_ylabel(title)
+        panel.legend(fontsize=8, frameon=False)
+        panel.grid(alpha=0.2)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
 
 
 def main() -> None:
@@ -344,9 +379,13 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="where vectors are compared, as cuda")
+    parser.add_argument(
+        "--plot", type=Path, help="a PNG of CPU seconds and memory against the number of vectors"
+    )
     arguments = parser.parse_args()
     print(describe("numpy", "torch", "faiss-cpu"))
     cosine = arguments.cosine
+    measured: dict[str, list[tuple[int, Run]]] = {}
     for count in arguments.images:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -371,6 +410,8 @@ def main() -> None:
                     turns[one] = in_own_process(one_turn, folder, one, cosine, num_cells, arguments.device)
                 rounds.append(turns)
             report(count, rounds)
+            for one, run in rounds[-1].items():
+                measured.setdefault(one, []).append((count, run))
             floor = bare_products_s(arguments.dimensions, arguments.device)
             for one, run in rounds[0].items():
                 print(f"<!-- {one}: {run.compared * floor:.2f} s for the bare products of as many pairs -->")
@@ -380,6 +421,8 @@ def main() -> None:
                     f"\nOf {count:,} the last 1 % came later: {100 * grown.compared / grown.whole_compared:.2f} % of the pairs of the "
                     f"whole search, {grown.seconds:.2f} s of search beside {grown.whole_seconds:.2f} s, the same components."
                 )
+    if arguments.plot:
+        plot(measured, arguments.plot)
 
 
 if __name__ == "__main__":

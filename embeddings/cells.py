@@ -250,9 +250,9 @@ def _rough_centroids(sample: npt.NDArray[np.float16], count: int) -> list[npt.ND
 
 
 def _sizes(count: int, sample: int) -> list[int]:
-    """Numbers of cells worth a look: about the square root of the images, 4 of the sample in each at least."""
+    """Numbers of cells worth a look: about the square root of the images, but 4 of the sample in each at least."""
     middle = 1 << round(math.log2(math.sqrt(count)))
-    return sorted({size for size in (middle // 4, middle, middle * 2) if 2 <= size <= sample // 4})
+    return sorted({min(size, sample // 4) for size in (middle // 4, middle, middle * 2)} - {0, 1})
 
 
 def _close_pairs(

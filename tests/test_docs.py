@@ -56,6 +56,8 @@ def test_flags_that_the_docs_name_exist(page: Path) -> None:
         *("--s3_access_key_id", "--s3_secret_access_key", "--s3_region_name", "--s3_endpoint_url"),
         *("--rounds", "--images", "--originals", "--queries", "--plot", "--clusters", "--samples", "--only"),
         *("--lookalikes", "--encoder", "--shape", "--side", "--tokens"),
+        *("--day", "--pilot", "--check", "--planned", "--encoded-bytes", "--decode-ms", "--dimensions"),
+        *("--duplicates", "--calls", "--hot", "--worker-gb"),
         *("--host", "--port", "--limit-mm-per-prompt"),  # of vllm
     }
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()))

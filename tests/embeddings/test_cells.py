@@ -121,6 +121,8 @@ def test_plans() -> None:
     again = plan_cells(vectors, 60_000, tight, frozen=plan.cells.centroids)
     assert again.cells.name == plan.cells.name
     assert plan_cells(vectors, 200_000, wide).cells.parts.tolist() == [13]
+    # As many cells as the sample bears, where the square root of the images is more.
+    assert len(plan_cells(vectors, 10**9, tight).cells.centroids) == 1500
 
 
 def test_a_plan_for_less_than_all_pairs_searches_less() -> None:
