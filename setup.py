@@ -68,6 +68,7 @@ EXTRAS["dev"] = [
     "cryptography>=42",
     "datasets>=3",
     "gcp-storage-emulator>=2026.7",
+    "google-cloud-dataflow-client>=0.13,<0.14",
     "google-cloud-storage>=3",
     "hypothesis>=6.100",
     "flask>=3",  # with flask-cors what moto's server needs of its extra

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import apache_beam as beam
 import psutil
@@ -25,6 +25,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from beam_pipelines.dataflow import names_dataflow
 from shards.errors import AbortedByLimit, BadRequest, RunFailed, ShardmillError
 from transforms.progress import counts
 
@@ -60,6 +61,23 @@ def beam_options(beam_args: Sequence[str], workers: int) -> PipelineOptions:
 def is_local(options: PipelineOptions) -> bool:
     """Whether the job runs on this machine, so that its progress can be followed through files."""
     return str(options.view_as(StandardOptions).runner).rsplit(".", 1)[-1] in LOCAL_RUNNERS
+
+
+def is_dataflow(options: PipelineOptions) -> bool:
+    """Whether the job is handed to Dataflow, whose workers see nothing of this machine."""
+    return names_dataflow([f"--runner={options.view_as(StandardOptions).runner}"])
+
+
+class Submission(NamedTuple):
+    """A request that was found good, to be handed to a service that goes on with it alone.
+
+    `begin` writes what is to be there before the job starts; `plan` says in words what is to be done.
+    """
+
+    construct: Callable[[beam.Pipeline], Any]
+    pipeline_options: PipelineOptions
+    plan: str
+    begin: Callable[[], None]
 
 
 def run_pipeline(

@@ -653,6 +653,12 @@ class CurateOptions(BaseModel):
         ge=1,
         le=4096,
     )
+    accelerator: str = option(
+        "",
+        "Resource hint of the steps that run models, as `type:nvidia-l4;count:1;install-nvidia-driver`; they alone get such workers.",
+        affects_bytes=False,
+        group="Running",
+    )
 
     def affecting_bytes(self) -> dict[str, Any]:
         """The options that a snapshot's id holds, as JSON values. Those of a group that is not asked for do not count."""
@@ -682,7 +688,10 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _read_config(path: str) -> dict[str, Any]:
+def read_config(path: str) -> dict[str, Any]:
+    """The lines of a `--config` file, those of its `dataflow:` block among them; none without a path. Raises BadRequest."""
+    if not path:
+        return {}
     try:
         body = yaml.safe_load(Path(path).expanduser().read_text())
     except (OSError, UnicodeDecodeError) as error:
@@ -698,7 +707,8 @@ def _read_config(path: str) -> dict[str, Any]:
 
 def parse_options(flags: dict[str, Any], config: str = "") -> CurateOptions:
     """Options from flags over YAML over defaults. Raises BadRequest: one line with the field, its value and what is allowed."""
-    values = (_read_config(config) if config else {}) | flags
+    values = read_config(config) | flags
+    values.pop("dataflow", None)  # of `shardmill submit`
     if isinstance(values.get("quota"), dict):
         values["quota"] = [f"{name}={value}" for name, value in values["quota"].items()]
     for name in (name for name, field in CurateOptions.model_fields.items() if field.annotation == list[str]):
