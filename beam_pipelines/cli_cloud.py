@@ -9,7 +9,7 @@ from rich.console import Console
 
 from beam_pipelines.dataflow import DataflowOptions, dataflow_options
 from beam_pipelines.jobs import JOBS
-from beam_pipelines.options import parse_options, read_config
+from beam_pipelines.options import read_config
 from shards.errors import BadRequest
 
 _submit = typer.Typer(
@@ -29,6 +29,7 @@ Register = Callable[..., Callable[[Callable[..., None]], Callable[..., None]]]
 def add_commands(app: typer.Typer, command: Register, beam_args: Sequence[str]) -> None:
     """Put `submit` and `template` into an app. `command` registers a function whose flags are a model's fields."""
     app.add_typer(_submit, name="submit", rich_help_panel="Dataflow")
+    app.add_typer(_template, name="template", rich_help_panel="Dataflow")
     for job in JOBS:
         command(JOBS[job].options, job, *_extra(), to=_submit)(_submitting(job, beam_args))
 
@@ -49,7 +50,7 @@ def _submitting(job: str, beam_args: Sequence[str]) -> Callable[[dict[str, Any]]
         block = dataflow_options(read_config(config), config)
         if block.accelerator and block.accelerator_by == "hint":
             values.setdefault("accelerator", block.accelerator_text)
-        options = parse_options(values, config)
+        options = JOBS[job].parse(values, config)
         args = [*block.beam_args(), *beam_args]
         from beam_pipelines.submit import plain_command, submit
 
@@ -125,3 +126,117 @@ def cancel(
     from beam_pipelines.service import CANCELLED
 
     _stop(job_id, CANCELLED, config, project, region, dataflow_endpoint)
+
+
+_template = typer.Typer(
+    help="Flex Templates: a job that anybody may start with other parameters.\n\n"
+    "shardmill template build curate --image REGION-docker.pkg.dev/P/R/shardmill:1 --output gs://bucket/curate.json\n\n"
+    "shardmill template run curate --template gs://bucket/curate.json --config run.yaml input=gs://bucket/photos/"
+    " output=gs://bucket/shards cosine=0.97",
+    rich_markup_mode=None,
+)
+_JOB: Any = typer.Argument(metavar="JOB", help=f"{', '.join(JOBS)}.")
+
+
+def _known(job: str) -> str:
+    if job not in JOBS:
+        raise BadRequest(f"{job}: no such job; {', '.join(JOBS)}")
+    return job
+
+
+@_template.command("build")
+def template_build(
+    job: Annotated[str, _JOB],
+    image: Annotated[str, typer.Option(help="Image of launcher and workers, from container/Dockerfile.")],
+    output: Annotated[str, typer.Option(help="File for the specification, here or at gs://.")],
+) -> None:
+    """Write a template's specification: every option of the job as a parameter, checked against Google's own message.
+
+    shardmill template build curate --image us-docker.pkg.dev/P/R/shardmill:1 --output gs://bucket/curate.json
+    """
+    from pathlib import Path
+
+    from beam_pipelines.template import parameters, spec, spec_text
+    from shards.storage import is_remote, storage_of
+
+    text = spec_text(spec(_known(job), image))
+    if is_remote(output):
+        folder, _, name = output.rpartition("/")
+        storage_of(folder).write(name, text.encode())
+    else:
+        Path(output).expanduser().write_text(text)
+    print(f"{output}: {len(parameters(job))} parameters, image {image}")
+    print(
+        f"next: shardmill template run {job} --template {output} --config run.yaml output=gs://BUCKET/shards ..."
+    )
+
+
+@_template.command("show")
+def template_show(job: Annotated[str, _JOB]) -> None:
+    """List a template's parameters: name, type, default, meaning.
+
+    shardmill template show curate
+    """
+    from beam_pipelines.template import parameters
+
+    group = ""
+    for name, body in parameters(_known(job)).items():
+        if body["groupName"] != group:
+            group = body["groupName"]
+            print(f"\n{group}")
+        default = f" [{body['defaultValue']}]" if "defaultValue" in body else ""
+        needed = "" if body["isOptional"] else " (required)"
+        print(f"  {name} {body['paramType']}{default}{needed}: {body['helpText']}")
+
+
+@_template.command("run")
+def template_run(
+    job: Annotated[str, _JOB],
+    template: Annotated[str, typer.Option(help="The specification in a bucket.", metavar="gs://...")],
+    parameter: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME=VALUE", help="Parameters, as `template show` lists them."),
+    ] = None,
+    config: Annotated[str, _CONFIG] = "",
+    project: Annotated[str, _PROJECT] = "",
+    region: Annotated[str, _REGION] = "",
+    job_name: Annotated[str, typer.Option(help="Name of the job. Default: one that nothing else has.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the request, send nothing.")] = False,
+    dataflow_endpoint: Annotated[str, _ENDPOINT] = "",
+) -> None:
+    """Launch a template, after saying which options differ from those of the snapshot in `output`.
+
+    shardmill template run curate --template gs://bucket/curate.json --config run.yaml input=gs://bucket/photos/ output=gs://bucket/shards
+
+    shardmill template run curate --template gs://bucket/curate.json --config run.yaml ... cosine=0.97 --dry-run
+    """
+    import time
+
+    from beam_pipelines.template import check_parameters, launch_parameter, standing_text
+
+    block, project, region, endpoint = where_of(config, project, region, dataflow_endpoint)
+    given: dict[str, str] = {}
+    for text in parameter or ():
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise BadRequest(f"{text}: NAME=VALUE is needed, as cosine=0.97")
+        given[name] = value
+    options = check_parameters(_known(job), given)
+    if block.update and not JOBS[job].streaming:
+        raise BadRequest("dataflow.update: Dataflow updates streaming jobs alone; launch a batch job again")
+    if not template.startswith("gs://"):
+        raise BadRequest(
+            f"--template {template}: a specification in a bucket is needed, as `template build` writes one"
+        )
+    print(standing_text(options, given["output"]))
+    name = job_name or block.job_name or f"shardmill-{job}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+    from beam_pipelines.dataflow import console_link
+    from beam_pipelines.service import launch_template
+
+    launch = launch_parameter(job, name, template, given, block)
+    request, job_id = launch_template(project, region, launch, dry_run, endpoint)
+    if dry_run:
+        print(request)
+        return
+    print(f"launched {job_id} ({name})\nwatch:  {console_link(project, region, job_id)}")
+    print(f"cancel: shardmill submit cancel {job_id} --project {project} --region {region}")

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 
 from shards.errors import BadRequest
+from shards.storage import is_remote, storage_of
 
 
 def option(default: Any, description: str, *, affects_bytes: bool, group: str, **constraints: Any) -> Any:
@@ -436,7 +437,10 @@ class CurateOptions(BaseModel):
         "", "Model to ask for. Default: the one that is served.", affects_bytes=True, group="Synthesis"
     )
     vlm_api_key_env: str = option(
-        "", "Environment variable that holds the key.", affects_bytes=False, group="Synthesis"
+        "",
+        "Environment variable that holds the key, or projects/P/secrets/S/versions/V of Google's Secret Manager; read where it is used.",
+        affects_bytes=False,
+        group="Synthesis",
     )
     vlm_max_pixels: int = option(
         512 * 512, "Images are sent with at most so many pixels.", affects_bytes=True, group="Synthesis", ge=1
@@ -688,12 +692,19 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _text_of(path: str) -> str:
+    if not is_remote(path):
+        return Path(path).expanduser().read_text()
+    folder, _, name = path.rpartition("/")
+    return storage_of(folder).read(name).decode()
+
+
 def read_config(path: str) -> dict[str, Any]:
     """The lines of a `--config` file, those of its `dataflow:` block among them; none without a path. Raises BadRequest."""
     if not path:
         return {}
     try:
-        body = yaml.safe_load(Path(path).expanduser().read_text())
+        body = yaml.safe_load(_text_of(path))
     except (OSError, UnicodeDecodeError) as error:
         raise BadRequest(f"--config {path}: cannot be read ({error})") from error
     except yaml.YAMLError as error:

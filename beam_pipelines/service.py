@@ -9,6 +9,7 @@ from google.api_core.exceptions import GoogleAPIError
 from google.auth.credentials import AnonymousCredentials
 from google.auth.exceptions import GoogleAuthError
 from google.cloud import dataflow_v1beta3 as api
+from google.protobuf.json_format import MessageToJson
 
 from shards.errors import RunFailed
 
@@ -62,7 +63,7 @@ def launch_template(
     request = api.LaunchFlexTemplateRequest(
         project_id=project, location=region, launch_parameter=api.LaunchFlexTemplateParameter(launch)
     )
-    text = api.LaunchFlexTemplateRequest.to_json(request, including_default_value_fields=False)
+    text = MessageToJson(api.LaunchFlexTemplateRequest.pb(request), indent=1, sort_keys=True)
     if dry_run:
         return text, ""
     with (

@@ -1,13 +1,16 @@
-"""Rewrites docs/options.md and docs/codes.md from the code that defines them; `--check` only compares.
+"""Rewrites docs/options.md, docs/codes.md and container/image_spec.json from the code that defines them; `--check` only compares.
 
 python docs/make.py
 """
 
+import json
 import sys
 from pathlib import Path
 
 from beam_pipelines.codes import CODES
+from beam_pipelines.dataflow import DataflowOptions
 from beam_pipelines.options import CurateOptions, flag
+from beam_pipelines.template import spec
 
 DOCS = Path(__file__).parent
 
@@ -37,7 +40,31 @@ def options_page() -> str:
         lines.append(
             f"| `{written}` | {text} | {'yes' if extra['affects_bytes'] else ''} | {field.description} |"
         )
+    lines += ["", *dataflow_table()]
     return "\n".join(lines) + "\n"
+
+
+def dataflow_table() -> list[str]:
+    """Every line of the `dataflow:` block, by group."""
+    lines = [
+        "## The `dataflow:` block",
+        "",
+        "Lines of a block in the YAML, for `shardmill submit` and `shardmill template run` ([Dataflow](dataflow.md)). None changes bytes.",
+        "",
+        "| group | line | default | meaning |",
+        "|---|---|---|---|",
+    ]
+    for name, field in DataflowOptions.model_fields.items():
+        extra = field.json_schema_extra
+        assert isinstance(extra, dict)
+        default = (
+            ""
+            if field.default in ("", 0, None, [], {}) and field.default is not False
+            else f"`{field.default}`"
+        )
+        default = default.replace("`True`", "`true`").replace("`False`", "`false`")
+        lines.append(f"| {extra['group']} | `{name}` | {default} | {field.description} |")
+    return lines
 
 
 def codes_page() -> str:
@@ -54,7 +81,13 @@ def codes_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"options.md": options_page, "codes.md": codes_page}
+def image_spec() -> str:
+    """The Flex Template's specification, with a name in the place of the image."""
+    image = "REGION-docker.pkg.dev/PROJECT/REPOSITORY/shardmill:TAG"
+    return json.dumps(spec("curate", image), indent=1, ensure_ascii=False) + "\n"
+
+
+PAGES = {"options.md": options_page, "codes.md": codes_page, "../container/image_spec.json": image_spec}
 
 
 def main() -> int:
