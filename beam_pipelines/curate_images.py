@@ -288,7 +288,10 @@ def submission(options: CurateOptions, beam_args: Sequence[str] = ()) -> Submiss
         keep_request(job.to.storage, options, beam_args)
         note_url_epoch(job.to.storage, job.reach.epoch)
 
-    return Submission(constructing(prepared), prepared.pipeline_options, plan_text(prepared), begin)
+    plan = plan_text(prepared)
+    if job.synthesis is not None and options.vlm_probe:
+        plan += "\nwhat the calls will cost is not tried first; --max-cost and --token-budget bound it"
+    return Submission(constructing(prepared), prepared.pipeline_options, plan, begin)
 
 
 def curate(

@@ -48,14 +48,18 @@ def beam_options(beam_args: Sequence[str], workers: int) -> PipelineOptions:
         arguments += ["--runner=FnApiRunner"]
         if workers > 1:
             arguments += ["--direct_running_mode=multi_processing", f"--direct_num_workers={workers}"]
+    if unknown := unknown_options(arguments):
+        raise BadRequest(f"{unknown[0]}: not an option of Beam; Shardmill's own come before `--`")
+    return PipelineOptions(arguments)
+
+
+def unknown_options(arguments: Sequence[str]) -> list[str]:
+    """Those that Beam does not know."""
     parser = _BeamArgumentParser(allow_abbrev=False)
     for group in PipelineOptions.__subclasses__():
         with contextlib.suppress(Exception):  # argparse's clash of one option defined by two groups
             group._add_argparse_args(parser)
-    _, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        raise BadRequest(f"{unknown[0]}: not an option of Beam; Shardmill's own come before `--`")
-    return PipelineOptions(arguments)
+    return list(parser.parse_known_args(list(arguments))[1])
 
 
 def is_local(options: PipelineOptions) -> bool:

@@ -32,16 +32,17 @@ def parted(arguments: Sequence[str]) -> tuple[str, dict[str, str], list[str]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Submit, and leave: Dataflow's launcher waits for this to end. Returns an exit code."""
+    from beam_pipelines.launch import unknown_options
     from beam_pipelines.submit import submit
 
     try:
         job, given, beam_args = parted(sys.argv[1:] if arguments is None else arguments)
+        # Parameters were held to the specification; what is left comes from the launcher itself, whose version is not ours to choose.
+        for unknown in unknown_options(beam_args):
+            print(f"shardmill template: {unknown}: not an option of this Beam, left out", file=sys.stderr)
+            beam_args.remove(unknown)
         submit(job, options_of(job, given), beam_args, Console())
     except ShardmillError as error:
         print(f"shardmill template: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadRequest) else 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -48,6 +48,9 @@ def test_one_image_starts_workers_and_launches_templates() -> None:
     }
     (started,) = re.findall(r"FLEX_TEMPLATE_PYTHON_PY_FILE=/opt/shardmill/(\S+)", DOCKERFILE)
     assert (REPOSITORY / started).is_file()
+    assert (
+        re.findall(r"^WORKDIR (\S+)$", DOCKERFILE, re.MULTILINE)[-1] == "/" and "PYTHONPATH" not in DOCKERFILE
+    )
     build = yaml.safe_load((CONTAINER / "cloudbuild.yaml").read_text())
     assert [step["args"][0] for step in build["steps"]] == ["build", "push", "template"]
     assert build["images"] == ["${_IMAGE}"]

@@ -6,11 +6,14 @@ import json
 import re
 import shlex
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import apache_beam as beam
 import pytest
 from apache_beam.portability.api import beam_runner_api_pb2 as protos
+from apache_beam.runners.dataflow import dataflow_runner
 from apache_beam.utils import retry
 from google.cloud import dataflow_v1beta3 as api
 from pydantic import BaseModel
@@ -238,16 +241,6 @@ def test_curate_itself_leaves_the_block_alone(tmp_path: Path, corpus: list[Path]
         curate(parse_options({"input": ["x"], "output": "y"}), ["--runner=DataflowRunner"])
 
 
-def test_dataflow_refuses(gcs, dataflow, write_config, photos, capfd, monkeypatch) -> None:
-    monkeypatch.setattr(retry.Clock, "sleep", lambda *_: None)
-    dataflow.refuse = "no quota for NVIDIA_L4_GPUS"
-    out = f"gs://{gcs.bucket}/out"
-    assert run(["submit", "curate", "--config", write_config(), "--input", photos, "--output", out]) == 1
-    assert "did not take the job" in (said := capfd.readouterr().err) and "NVIDIA_L4_GPUS" in said
-    assert run(["submit", "drain", "2026-01-01_job-0", "--config", write_config()]) == 1
-    assert "job 2026-01-01_job-0: 400" in capfd.readouterr().err
-
-
 class _Options(BaseModel):
     input: str = ""
     dry_run: bool = False
@@ -262,11 +255,38 @@ def submission(options: _Options, beam_args: list[str]) -> Submission:
     return Submission(_stream, beam_options([*beam_args, "--streaming"], 1), "a stream", lambda: None)
 
 
-def test_a_streaming_job_is_updated_waited_for_drained_and_cancelled(
-    gcs, dataflow, write_config, monkeypatch, capfd
-) -> None:
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job in the table, under the name that it is imported by."""
     monkeypatch.setitem(submit_module.JOBS, "small", JobKind(_Options, __name__, "small", streaming=True))
     monkeypatch.setitem(sys.modules, __name__, sys.modules[submission.__module__])
+
+
+def test_dataflow_refuses(gcs, dataflow, write_config, small, capfd, monkeypatch) -> None:
+    monkeypatch.setattr(retry.Clock, "sleep", lambda *_: None)
+    dataflow.refuse = "no quota for NVIDIA_L4_GPUS"
+    config = write_config()
+    args = dataflow_options(read_config(config), config).beam_args()
+    with pytest.raises(RunFailed, match="did not take the job: 400 .*no quota for NVIDIA_L4_GPUS"):
+        submit_module.submit("small", _Options(), args, Console())
+    assert run(["submit", "drain", "2026-01-01_job-0", "--config", config]) == 1
+    assert "job 2026-01-01_job-0: 400" in capfd.readouterr().err
+
+
+def test_a_job_that_fails_fails_who_waits(gcs, dataflow, write_config, small, monkeypatch) -> None:
+    # Beam waits most of a minute for a failed job's last messages.
+    quick = SimpleNamespace(sleep=lambda _: time.sleep(0.01), time=time.time)
+    monkeypatch.setattr(dataflow_runner, "time", quick)
+    dataflow.ends_as = "JOB_STATE_FAILED"
+    config = write_config()
+    args = dataflow_options(read_config(config), config).beam_args()
+    with pytest.raises(RunFailed, match="2026-01-01_job-0"):
+        submit_module.submit("small", _Options(), args, Console(), wait=True)
+
+
+def test_a_streaming_job_is_updated_waited_for_drained_and_cancelled(
+    gcs, dataflow, write_config, small, capfd
+) -> None:
     config = write_config({"job_name": "mill", "enable_streaming_engine": True})
     args = dataflow_options(read_config(config), config).beam_args()
     first = submit_module.submit("small", _Options(), args, Console())

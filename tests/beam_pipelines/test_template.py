@@ -184,11 +184,13 @@ def test_the_launcher_submits_what_parameters_and_its_own_options_ask_for(
         f"--sdk_container_image={IMAGE}",
         f"--dataflow_endpoint={dataflow.url}",
         "--no_auth",
+        "--of_a_newer_launcher=1",
     ]
     job, given, beam_args = parted(arguments)
     assert job == "curate" and set(given) == {"config", "input", "output", "geometric"}
     assert beam_args[:2] == ["--runner=DataflowRunner", "--project=test-proj"]
     assert main(arguments) == 0
+    assert "--of_a_newer_launcher=1: not an option of this Beam" in capfd.readouterr().err
     assert not dataflow.asked  # Dataflow's launcher takes the job from where it was told to leave it
     request: dict[str, Any] = json.loads(storage.read("launch/job_object"))
     assert request["name"] == "again"
@@ -201,7 +203,6 @@ def test_the_launcher_submits_what_parameters_and_its_own_options_ask_for(
     kept = json.loads(storage.read("out/request.json"))["options"]
     assert kept["geometric"] is True and kept["max_tags"] == 3
 
-    capfd.readouterr()
     assert main(["--output=gs://bck/out", "--runner=DataflowRunner"]) == 2
     assert "--input is missing" in capfd.readouterr().err
     assert main(["--job=mill"]) == 2
