@@ -16,6 +16,8 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import Progress
 
+from beam_pipelines.cli_cloud import add_commands
+from beam_pipelines.dataflow import names_dataflow
 from beam_pipelines.options import (
     CurateOptions,
     SourceOptions,
@@ -114,7 +116,9 @@ def _metavar(annotation: Any) -> str:
     return "N" if "int" in text else "X" if "float" in text else "SIZE" if "ByteSize" in text else "TEXT"
 
 
-def _command(model: type[BaseModel], name: str, *extra: inspect.Parameter) -> Callable[..., Any]:
+def _command(
+    model: type[BaseModel], name: str, *extra: inspect.Parameter, to: typer.Typer = app
+) -> Callable[..., Any]:
     """Register a function as a command whose flags are a model's fields; it gets what was set as a dict."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -125,7 +129,7 @@ def _command(model: type[BaseModel], name: str, *extra: inspect.Parameter) -> Ca
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}
         command.__doc__ = function.__doc__
-        app.command(name, rich_help_panel=None)(command)
+        to.command(name, rich_help_panel=None)(command)
         return function
 
     return register
@@ -188,9 +192,14 @@ def stream(values: dict[str, Any]) -> None:
 
     Beam's own options come after `--`:  ... -- --runner=FlinkRunner
     """
+    options = parse_as(StreamOptions, values, values.pop("config", ""))
+    if names_dataflow(_beam_args):
+        from beam_pipelines.submit import submit
+
+        submit("stream", options, _beam_args, Console())
+        return
     from beam_pipelines.stream_images import stream as run_stream
 
-    options = parse_as(StreamOptions, values, values.pop("config", ""))
     snapshot_id = run_stream(options, _beam_args)
     if options.dry_run:
         _say("dry run: nothing written")
@@ -200,6 +209,11 @@ def stream(values: dict[str, Any]) -> None:
 
 
 def _curate(options: CurateOptions, beam_args: Sequence[str]) -> None:
+    if names_dataflow(beam_args):
+        from beam_pipelines.submit import submit
+
+        submit("curate", options, beam_args, Console())
+        return
     from beam_pipelines.curate_images import curate as run_curate
 
     snapshot = run_curate(options, beam_args)
@@ -713,6 +727,9 @@ def prompts_render(
     _say(render_text(name, _own(folder), instruction_type, image, value or ()))
 
 
+add_commands(app, _command, _beam_args)
+
+
 @app.command()
 def doctor() -> None:
     """Check this machine: versions, weights, devices, folders."""
@@ -736,9 +753,9 @@ def run(argv: Sequence[str]) -> int:
         split = command_line.index("--")
         _beam_args[:] = command_line[split + 1 :]
         command_line = command_line[:split]
-        if command_line[:1] not in (["curate"], ["fit-planner"]):
+        if command_line[:1] not in (["curate"], ["fit-planner"], ["submit"]):
             return _fail(
-                "shardmill", "only curate and fit-planner take Beam's options after `--`", BAD_REQUEST
+                "shardmill", "only curate, submit and fit-planner take Beam's options after `--`", BAD_REQUEST
             )
     else:
         _beam_args.clear()

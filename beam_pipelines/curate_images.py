@@ -4,16 +4,18 @@ import contextlib
 import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import apache_beam as beam
 from rich.console import Console
 
+from beam_pipelines.dataflow import names_dataflow
+from beam_pipelines.elsewhere import hint_accelerator
 from beam_pipelines.embed_references import EmbedReferences
 from beam_pipelines.estimate import tried_text
-from beam_pipelines.launch import ProgressReport, run_pipeline
+from beam_pipelines.launch import ProgressReport, Submission, run_pipeline
 from beam_pipelines.options import CurateOptions
-from beam_pipelines.prepare import Job, error_rates, filter_rule, plan_text, prepare
+from beam_pipelines.prepare import Job, Prepared, error_rates, filter_rule, plan_text, prepare
 from beam_pipelines.request import keep_request
 from embeddings.contamination import ContaminationRule
 from embeddings.encoder import Encoder
@@ -266,6 +268,32 @@ def _filter_losses(
     return {"samples": samples, "kept": kept} | label >> FilterLosses(job.losses, rule)
 
 
+def constructing(prepared: Prepared) -> Callable[[beam.Pipeline], None]:
+    """What puts the job into a pipeline."""
+    job = prepared.job
+
+    def construct(pipeline: beam.Pipeline) -> None:
+        build(pipeline | "Sources" >> beam.Create(job.sources), job, prepared.model)
+        hint_accelerator(pipeline, job.options)
+
+    return construct
+
+
+def submission(options: CurateOptions, beam_args: Sequence[str] = ()) -> Submission:
+    """The main job, to be handed to a service. The graph commits by itself, so nobody needs to wait. Raises BadRequest."""
+    prepared = prepare(options, beam_args)
+    job = prepared.job
+
+    def begin() -> None:
+        keep_request(job.to.storage, options, beam_args)
+        note_url_epoch(job.to.storage, job.reach.epoch)
+
+    plan = plan_text(prepared)
+    if job.synthesis is not None and options.vlm_probe:
+        plan += "\nwhat the calls will cost is not tried first; --max-cost and --token-budget bound it"
+    return Submission(constructing(prepared), prepared.pipeline_options, plan, begin)
+
+
 def curate(
     options: CurateOptions, beam_args: Sequence[str] = (), console: Console | None = None
 ) -> Snapshot | None:
@@ -274,6 +302,10 @@ def curate(
     Raises BadRequest before anything is written, RunFailed where the run broke off; what stood before then still stands.
     """
     console = console or Console(stderr=True)
+    if names_dataflow(beam_args):
+        raise BadRequest(
+            "--runner=DataflowRunner: nobody waits for such a job; beam_pipelines.submit hands it over"
+        )
     prepared = prepare(options, beam_args)
     if options.dry_run:
         console.print(plan_text(prepared), highlight=False, soft_wrap=True)
@@ -282,11 +314,7 @@ def curate(
         console.print(said, highlight=False, soft_wrap=True)
         prepared = prepare(options, beam_args)  # with what the ledger knows now
     plan = plan_text(prepared)
-    job, model, pipeline_options = prepared.job, prepared.model, prepared.pipeline_options
-
-    def construct(pipeline: beam.Pipeline) -> None:
-        build(pipeline | "Sources" >> beam.Create(job.sources), job, model)
-
+    job, pipeline_options = prepared.job, prepared.pipeline_options
     storage, token = job.to.storage, job.to.token
     with contextlib.ExitStack() as run:
         try:
@@ -302,7 +330,9 @@ def curate(
         images = prepared.images + sum(prepared.protected.values())
         totals = {"images": images, "conversations": options.max_samples}
         run.enter_context(ProgressReport(console, job.progress, totals))
-        counters = run_pipeline(construct, pipeline_options, functools.partial(storage.discard, token))
+        counters = run_pipeline(
+            constructing(prepared), pipeline_options, functools.partial(storage.discard, token)
+        )
     known, new = counters.get("decode/recalled", 0), counters.get("decode/decoded", 0)
     if known:
         console.print(f"{known} images known from the ledger, {new} embedded now", highlight=False)

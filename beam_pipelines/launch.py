@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NamedTuple, NoReturn, Self
 
 import apache_beam as beam
 import psutil
@@ -25,6 +25,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from beam_pipelines.dataflow import names_dataflow
 from shards.errors import AbortedByLimit, BadRequest, RunFailed, ShardmillError
 from transforms.progress import counts
 
@@ -47,19 +48,40 @@ def beam_options(beam_args: Sequence[str], workers: int) -> PipelineOptions:
         arguments += ["--runner=FnApiRunner"]
         if workers > 1:
             arguments += ["--direct_running_mode=multi_processing", f"--direct_num_workers={workers}"]
+    if unknown := unknown_options(arguments):
+        raise BadRequest(f"{unknown[0]}: not an option of Beam; Shardmill's own come before `--`")
+    return PipelineOptions(arguments)
+
+
+def unknown_options(arguments: Sequence[str]) -> list[str]:
+    """Those that Beam does not know."""
     parser = _BeamArgumentParser(allow_abbrev=False)
     for group in PipelineOptions.__subclasses__():
         with contextlib.suppress(Exception):  # argparse's clash of one option defined by two groups
             group._add_argparse_args(parser)
-    _, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        raise BadRequest(f"{unknown[0]}: not an option of Beam; Shardmill's own come before `--`")
-    return PipelineOptions(arguments)
+    return list(parser.parse_known_args(list(arguments))[1])
 
 
 def is_local(options: PipelineOptions) -> bool:
     """Whether the job runs on this machine, so that its progress can be followed through files."""
     return str(options.view_as(StandardOptions).runner).rsplit(".", 1)[-1] in LOCAL_RUNNERS
+
+
+def is_dataflow(options: PipelineOptions) -> bool:
+    """Whether the job is handed to Dataflow, whose workers see nothing of this machine."""
+    return names_dataflow([f"--runner={options.view_as(StandardOptions).runner}"])
+
+
+class Submission(NamedTuple):
+    """A request that was found good, to be handed to a service that goes on with it alone.
+
+    `begin` writes what is to be there before the job starts; `plan` says in words what is to be done.
+    """
+
+    construct: Callable[[beam.Pipeline], Any]
+    pipeline_options: PipelineOptions
+    plan: str
+    begin: Callable[[], None]
 
 
 def run_pipeline(

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 
 from shards.errors import BadRequest
+from shards.storage import is_remote, storage_of
 
 
 def option(default: Any, description: str, *, affects_bytes: bool, group: str, **constraints: Any) -> Any:
@@ -436,7 +437,10 @@ class CurateOptions(BaseModel):
         "", "Model to ask for. Default: the one that is served.", affects_bytes=True, group="Synthesis"
     )
     vlm_api_key_env: str = option(
-        "", "Environment variable that holds the key.", affects_bytes=False, group="Synthesis"
+        "",
+        "Environment variable that holds the key, or projects/P/secrets/S/versions/V of Google's Secret Manager; read where it is used.",
+        affects_bytes=False,
+        group="Synthesis",
     )
     vlm_max_pixels: int = option(
         512 * 512, "Images are sent with at most so many pixels.", affects_bytes=True, group="Synthesis", ge=1
@@ -653,6 +657,12 @@ class CurateOptions(BaseModel):
         ge=1,
         le=4096,
     )
+    accelerator: str = option(
+        "",
+        "Resource hint of the steps that run models, as `type:nvidia-l4;count:1;install-nvidia-driver`; they alone get such workers.",
+        affects_bytes=False,
+        group="Running",
+    )
 
     def affecting_bytes(self) -> dict[str, Any]:
         """The options that a snapshot's id holds, as JSON values. Those of a group that is not asked for do not count."""
@@ -678,11 +688,11 @@ class StreamOptions(CurateOptions):
 
     subscription: str = option(
         "",
-        "Pub/Sub subscription to the bucket's notices of new objects, as projects/P/subscriptions/S. Default: the inputs are listed again"
+        "Pub/Sub subscription to the bucket's notices of new objects, as projects/PROJECT/subscriptions/NAME. Default: the inputs are listed again"
         " and again.",
         affects_bytes=False,
         group="Streaming",
-        pattern="^(projects/[^/]+/subscriptions/[^/]+)?$",
+        pattern="^(projects/[a-z][-a-z0-9:.]{4,61}[a-z0-9]/subscriptions/[a-zA-Z][-._~%+a-zA-Z0-9]+)?$",
     )
     poll_every: float = option(
         30.0, "Seconds between two listings of the inputs.", affects_bytes=False, group="Streaming", gt=0
@@ -743,9 +753,19 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _read_config(path: str) -> dict[str, Any]:
+def _text_of(path: str) -> str:
+    if not is_remote(path):
+        return Path(path).expanduser().read_text()
+    folder, _, name = path.rpartition("/")
+    return storage_of(folder).read(name).decode()
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The lines of a `--config` file, those of its `dataflow:` block among them; none without a path. Raises BadRequest."""
+    if not path:
+        return {}
     try:
-        body = yaml.safe_load(Path(path).expanduser().read_text())
+        body = yaml.safe_load(_text_of(path))
     except (OSError, UnicodeDecodeError) as error:
         raise BadRequest(f"--config {path}: cannot be read ({error})") from error
     except yaml.YAMLError as error:
@@ -767,7 +787,8 @@ def parse_options(flags: dict[str, Any], config: str = "") -> CurateOptions:
 
 def parse_as(model: type[OptionsT], flags: dict[str, Any], config: str = "") -> OptionsT:
     """Options of a model from flags over YAML over defaults. Raises BadRequest: one line with the field, its value and what is allowed."""
-    values = (_read_config(config) if config else {}) | flags
+    values = read_config(config) | flags
+    values.pop("dataflow", None)  # of `shardmill submit`
     if isinstance(values.get("quota"), dict):
         values["quota"] = [f"{name}={value}" for name, value in values["quota"].items()]
     for name in (name for name, field in model.model_fields.items() if field.annotation == list[str]):

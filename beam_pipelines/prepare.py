@@ -13,7 +13,8 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from beam_pipelines.codes import CODES
-from beam_pipelines.launch import beam_options, is_local
+from beam_pipelines.elsewhere import check_reachable, encoder_here
+from beam_pipelines.launch import beam_options, is_dataflow, is_local
 from beam_pipelines.located import passed_over
 from beam_pipelines.options import CurateOptions, flag
 from beam_pipelines.sources import (
@@ -206,8 +207,11 @@ def method_of(options: CurateOptions) -> Method:
     )
 
 
-def found_backend(options: CurateOptions, limits: Limits, run: str) -> Found | None:
-    """Probe the endpoints, or load the model, that are asked for. Raises BadRequest where they cannot be used as asked."""
+def found_backend(options: CurateOptions, limits: Limits, run: str, elsewhere: bool = False) -> Found | None:
+    """Probe the endpoints, or load the model, that are asked for. Raises BadRequest where they cannot be used as asked.
+
+    Of a model that runs `elsewhere` alone only the configuration is read: its weights may be more than this machine holds.
+    """
     if options.vlm_local:
         for name in ("vlm_base_url", "vlm_model", "vlm_api_key_env"):
             if getattr(options, name):
@@ -215,9 +219,10 @@ def found_backend(options: CurateOptions, limits: Limits, run: str) -> Found | N
                     f"--vlm-local {options.vlm_local}: the model runs in this process; {flag(name)} is for an endpoint: give one of them"
                 )
         # transformers takes seconds to import.
-        from synthesis.local import open_local
+        from synthesis.local import describe_local, open_local
 
-        vlm = open_local(options.vlm_local, options.device, options.vlm_local_dtype, options.vlm_local_batch)
+        find = describe_local if elsewhere else open_local
+        vlm = find(options.vlm_local, options.device, options.vlm_local_dtype, options.vlm_local_batch)
         if not (vlm.sees_images or options.allow_text_only):
             raise BadRequest(
                 f"--vlm-local {options.vlm_local}: takes no images; give a vision-language model, or --allow-text-only to write"
@@ -240,11 +245,11 @@ def found_backend(options: CurateOptions, limits: Limits, run: str) -> Found | N
 
 
 def prepare_synthesis(
-    to: Destination, options: CurateOptions, reach: Reach, limits: Limits
+    to: Destination, options: CurateOptions, reach: Reach, limits: Limits, elsewhere: bool = False
 ) -> Synthesis | None:
     """Who answers, and how they are asked; None where nobody is to. Raises BadRequest."""
     method = method_of(options)
-    found = found_backend(options, limits, to.token)
+    found = found_backend(options, limits, to.token, elsewhere)
     if found is None:
         return None
     if options.judge_existing and not (options.judge_min or options.agreement):
@@ -297,9 +302,9 @@ def prepare_planning(options: CurateOptions) -> Planning:
 
 
 def prepare_losses(
-    options: CurateOptions, to: Destination, reach: Reach, synthesises: bool
+    options: CurateOptions, to: Destination, reach: Reach, synthesises: bool, elsewhere: bool = False
 ) -> LossSource | None:
-    """Load the model that losses come from, if there is one. Raises BadRequest."""
+    """Load the model that losses come from, if there is one; where it runs `elsewhere`, its configuration. Raises BadRequest."""
     if not options.loss_model:
         if options.loss_existing:
             raise BadRequest("--loss-existing: needs a model that gives losses: --loss-model FOLDER")
@@ -308,10 +313,12 @@ def prepare_losses(
         raise BadRequest(
             f"--loss-model {options.loss_model}: nothing is synthesised; --loss-existing to filter what was collected"
         )
-    from synthesis.local_model import find_local, load_local
+    from synthesis.local_model import find_local, load_local, takes_images
 
     spec = find_local(options.loss_model, options.device, "auto", "--loss-model")
-    sees_images = load_local(spec, "--loss-model").sees_images
+    sees_images = (
+        takes_images(spec, "--loss-model") if elsewhere else load_local(spec, "--loss-model").sees_images
+    )
     if not (sees_images or options.allow_text_only):
         raise BadRequest(
             f"--loss-model {options.loss_model}: takes no images; give a vision-language model, or --allow-text-only for losses"
@@ -329,6 +336,9 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
     planning = prepare_planning(options)
     pipeline_options = beam_options(beam_args, options.workers)
     FileSystems.set_options(pipeline_options)  # endpoints and credentials of buckets
+    elsewhere = is_dataflow(pipeline_options)
+    if elsewhere:
+        check_reachable(options)
     sources = find_sources(options)
     benchmarks = find_benchmarks(options.decontaminate)
     check_output(options.output, sources, benchmarks)
@@ -346,13 +356,14 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
             " the whole input; --replace if that is meant"
         )
     spec = EncoderSpec(options.encoder, options.encoder_weights, options.device, options.batch_size)
-    model = load_encoder(spec)
+    model = load_encoder(encoder_here(spec) if elsewhere else spec)
     decoders = max(1, len(os.sched_getaffinity(0)) // options.workers) if is_local(pipeline_options) else 0
     reach = reach_of(to, options, decoders)
-    synthesis = prepare_synthesis(to, options, reach, limits)
-    losses = prepare_losses(options, to, reach, synthesis is not None)
+    synthesis = prepare_synthesis(to, options, reach, limits, elsewhere)
+    losses = prepare_losses(options, to, reach, synthesis is not None, elsewhere)
     stored = base.stored_packs() if base else []
-    memory = recall_from(to, options, model)
+    # Which hardware workers have is not known here: of rows that differ by it alone a fixed one is taken.
+    memory = recall_from(to, options, model, "" if elsewhere else model.numerics)
     search, against = search_for(to, options, model), kept_packs(options.against)
     who = synthesis.backend if synthesis is not None else None
     align, tags = align_rule(to, options, reach), tagging(to, options, model, reach, who)
@@ -537,14 +548,14 @@ def tagging(
     return Tagging(rule, looking, [*told, *fingerprints.values()])
 
 
-def recall_from(to: Destination, options: CurateOptions, model: Encoder) -> Memory:
-    """The ledgers that this run may recall from: its own folder's, and those of `--reuse-from`."""
+def recall_from(to: Destination, options: CurateOptions, model: Encoder, numerics: str) -> Memory:
+    """The ledgers that this run may recall from: its own folder's, and those of `--reuse-from`. `numerics` are the run's own."""
     storages = ledgers_of(to, options)
     refs = [segment for storage in storages for segment in Ledger(storage, RefRow).segments()]
     images = [segment for storage in storages for segment in Ledger(storage, ImageRow).segments()]
     spooled = frozenset(uri for storage in storages for uri in spooled_uris(storage))
     decoder, trusted = decoder_of(options.decode), not options.verify_refs
-    return Memory(refs, images, decoder, model.fingerprint, model.numerics, trusted, spooled)
+    return Memory(refs, images, decoder, model.fingerprint, numerics, trusted, spooled)
 
 
 def plan_text(prepared: Prepared) -> str:

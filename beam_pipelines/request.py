@@ -11,7 +11,7 @@ from shards.errors import BadRequest
 from shards.storage import Storage
 
 REQUEST = "request.json"
-_SECRET = re.compile(r"secret|password|token|access_key|credential", re.IGNORECASE)
+SECRET = re.compile(r"secret|password|token|access_key|credential|connection_string", re.IGNORECASE)
 """Names of Beam's options that are not written down."""
 
 
@@ -34,7 +34,7 @@ def _told(beam_args: Sequence[str]) -> Iterator[str]:
     is_value = False
     for argument in beam_args:
         is_value = is_value and not argument.startswith("--")
-        if is_value or _SECRET.search(argument.split("=")[0]):
+        if is_value or SECRET.search(argument.split("=")[0]):
             is_value = "=" not in argument  # of `--name value`
             continue
         yield argument

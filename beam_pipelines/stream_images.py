@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -19,7 +19,9 @@ from apache_beam.transforms.periodicsequence import PeriodicImpulse
 from rich.console import Console
 
 from beam_pipelines.curate_images import fixed_images
-from beam_pipelines.launch import end_now, is_local, run_pipeline
+from beam_pipelines.dataflow import names_dataflow
+from beam_pipelines.elsewhere import hint_accelerator
+from beam_pipelines.launch import Submission, end_now, is_local, run_pipeline
 from beam_pipelines.options import CurateOptions, StreamOptions, flag
 from beam_pipelines.prepare import Job, Prepared, duplicate_rules, filter_rule, prepare
 from beam_pipelines.request import keep_request
@@ -218,11 +220,13 @@ def stream(options: StreamOptions, beam_args: Sequence[str] = (), console: Conso
     started, and its engine stops it. Raises BadRequest before anything is written, RunFailed where the run broke off.
     """
     console = console or Console(stderr=True)
+    if names_dataflow(beam_args):
+        raise BadRequest(
+            "--runner=DataflowRunner: nobody waits for such a job; beam_pipelines.submit hands it over"
+        )
     prepared, streaming = prepare_stream(options, beam_args)
     job = prepared.job
-    inputs = ", ".join(source.path for source in job.sources)
-    heard = options.subscription or f"listed every {options.poll_every:g} s"
-    console.print(f"{inputs} ({heard}) into {options.output}: windows of {options.window} s", highlight=False)
+    console.print(_told(options, job), highlight=False, soft_wrap=True)
     if options.dry_run:
         return job.facts.base
     with contextlib.ExitStack() as run:
@@ -230,15 +234,9 @@ def stream(options: StreamOptions, beam_args: Sequence[str] = (), console: Conso
             run.enter_context(job.to.storage.hold())
         except OSError as error:
             raise BadRequest(f"--output {options.output}: cannot be written ({error.strerror})") from error
-        wanted = options.model_dump(include=set(CurateOptions.model_fields), exclude_defaults=True)
-        keep_request(
-            job.to.storage,
-            CurateOptions.model_validate(wanted),
-            [argument for argument in beam_args if not argument.startswith("--streaming")],
-        )
-        note_url_epoch(job.to.storage, job.reach.epoch)
+        _begin(options, beam_args, job)
         if not is_local(prepared.pipeline_options):
-            _run_elsewhere(options, prepared, streaming)
+            run_pipeline(constructing(options, prepared, streaming), prepared.pipeline_options, lambda: None)
         else:
             with ThreadPoolExecutor(1) as aside, _stopped_by_signals() as stop:
                 # Aside, so that a signal interrupts no run: it ends when it has committed.
@@ -246,14 +244,39 @@ def stream(options: StreamOptions, beam_args: Sequence[str] = (), console: Conso
     return read_current(job.to.storage).snapshot
 
 
-def _run_elsewhere(options: StreamOptions, prepared: Prepared, streaming: Streaming) -> None:
+def constructing(
+    options: StreamOptions, prepared: Prepared, streaming: Streaming
+) -> Callable[[beam.Pipeline], None]:
+    """What puts the unbounded job into a pipeline."""
     prepared.pipeline_options.view_as(StandardOptions).streaming = True
-    job = prepared.job
 
     def construct(pipeline: beam.Pipeline) -> None:
-        build(entry(pipeline, options, job), job, prepared.model, streaming)
+        build(entry(pipeline, options, prepared.job), prepared.job, prepared.model, streaming)
+        hint_accelerator(pipeline, options)
 
-    run_pipeline(construct, prepared.pipeline_options, lambda: None)
+    return construct
+
+
+def _begin(options: StreamOptions, beam_args: Sequence[str], job: Job) -> None:
+    """Write down what `shardmill compact` is to ask for: the main job over the same inputs."""
+    wanted = options.model_dump(include=set(CurateOptions.model_fields), exclude_defaults=True)
+    lasting = [argument for argument in beam_args if not argument.startswith("--streaming")]
+    keep_request(job.to.storage, CurateOptions.model_validate(wanted), lasting)
+    note_url_epoch(job.to.storage, job.reach.epoch)
+
+
+def _told(options: StreamOptions, job: Job) -> str:
+    inputs = ", ".join(source.path for source in job.sources)
+    heard = options.subscription or f"listed every {options.poll_every:g} s"
+    return f"{inputs} ({heard}) into {options.output}: windows of {options.window} s"
+
+
+def submission(options: StreamOptions, beam_args: Sequence[str] = ()) -> Submission:
+    """The streaming job, to be handed to a service. Raises BadRequest."""
+    prepared, streaming = prepare_stream(options, beam_args)
+    construct = constructing(options, prepared, streaming)
+    begin = functools.partial(_begin, options, beam_args, prepared.job)
+    return Submission(construct, prepared.pipeline_options, _told(options, prepared.job), begin)
 
 
 def entry(pipeline: beam.Pipeline, options: StreamOptions, job: Job) -> beam.PCollection[Arrival]:
@@ -285,10 +308,9 @@ def _run_here(
 
 def _listen(options: StreamOptions, prepared: Prepared, streaming: Streaming, stop: threading.Event) -> None:
     """Notices on this machine: Beam's own streaming runner, until it is stopped. What it has not committed then, a look finds."""
-    beam_options = prepared.pipeline_options
-    beam_options.view_as(StandardOptions).streaming = True
-    pipeline = beam.Pipeline(runner="BundleBasedDirectRunner", options=beam_options)
-    build(entry(pipeline, options, prepared.job), prepared.job, prepared.model, streaming)
+    construct = constructing(options, prepared, streaming)
+    pipeline = beam.Pipeline(runner="BundleBasedDirectRunner", options=prepared.pipeline_options)
+    construct(pipeline)
     # This runner sets every step up anew for each bundle: decoders are started once, by whoever borrows them first.
     with decoders_of(prepared.job.reach):
         result = pipeline.run()

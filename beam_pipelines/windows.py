@@ -1,5 +1,6 @@
 """Windows of a stream: what arrived in one, and what cells said of it -> files, and a child of the snapshot in force."""
 
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -311,6 +312,7 @@ class _Commit(beam.DoFn):
 
     def process(self, keyed: tuple[int, WindowPart], last: Any = beam.DoFn.StateParam(LAST)) -> Iterator[str]:
         snapshot_id = commit_window(keyed[1], (last.read() or b"").decode(), self._writing)
+        Metrics.distribution(STAGE, "delay_s").update(max(0, int(time.time() - keyed[1].end_ms / 1000)))
         last.write(snapshot_id.encode())
         yield snapshot_id
 

@@ -40,6 +40,11 @@ class EncoderSpec(NamedTuple):
     threads: int = 0
 
 
+def default_batch_size(device: str) -> int:
+    """Images of a forward on a device of this name, which need not be here."""
+    return 8 if device == "cpu" else 128
+
+
 class Encoder:
     """A timm model that maps uint8 images to unit vectors and class probabilities.
 
@@ -50,7 +55,7 @@ class Encoder:
 
     def __init__(self, spec: EncoderSpec) -> None:
         self.device = torch_device(spec.device)
-        self.batch_size = spec.batch_size or (8 if self.device.type == "cpu" else 128)
+        self.batch_size = spec.batch_size or default_batch_size(self.device.type)
         self.name = spec.name
         model, self.weights_sha256 = load_backbone(spec.name, spec.weights)
         config = resolve_model_data_config(model)

@@ -35,6 +35,7 @@ from synthesis.local_model import (
     collate,
     find_local,
     load_local,
+    takes_images,
 )
 from synthesis.structured import DoesNotFit, fitting_reply, stated
 
@@ -102,6 +103,12 @@ def open_local(path: str, device: str, dtype: Dtype = "auto", batch_size: int = 
     except RunFailed as error:
         raise BadRequest(f"--vlm-local {path}: {error}") from error
     return LocalVlm(spec, engine.model.sees_images, batch_size)
+
+
+def describe_local(path: str, device: str, dtype: Dtype = "auto", batch_size: int = 8) -> LocalVlm:
+    """What `open_local` gives, without loading the model, which runs on another machine. Raises BadRequest."""
+    spec = find_local(path, device, dtype, "--vlm-local")
+    return LocalVlm(spec, takes_images(spec, "--vlm-local"), batch_size)
 
 
 def _decoded(picture: Picture) -> Image.Image:

@@ -125,6 +125,17 @@ def load_local(spec: LocalSpec, asked_by: str = "--vlm-local") -> "LocalModel":
         return _load(spec)
 
 
+def takes_images(spec: LocalSpec, asked_by: str) -> bool:
+    """Whether the model of a spec is a vision-language model, from its configuration alone. Raises BadRequest."""
+    with _as_bad_request(asked_by, spec.path):
+        config = AutoConfig.from_pretrained(spec.path, **_where(spec))
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def _where(spec: LocalSpec) -> dict[str, Any]:
+    return {"revision": spec.revision} if spec.revision else {}
+
+
 # Two: one that answers, and one whose losses filter.
 @functools.lru_cache(maxsize=2)
 def _load(spec: LocalSpec) -> "LocalModel":
@@ -143,7 +154,7 @@ class LocalModel:
         self.spec = spec
         self.device = torch.device(spec.device)
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
-        where = {"revision": spec.revision} if spec.revision else {}
+        where = _where(spec)
         config = AutoConfig.from_pretrained(spec.path, **where)
         self.sees_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         auto = AutoModelForImageTextToText if self.sees_images else AutoModelForCausalLM

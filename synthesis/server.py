@@ -13,6 +13,7 @@ import httpx
 from shards.errors import BadRequest
 from shards.retry_after import retry_after_s
 from synthesis.backend import VlmFailure
+from synthesis.keys import read_key
 
 MAX_RESPONSE_BYTES = 4 * 2**20
 MAX_ANSWER_CHARS = 2**16
@@ -41,7 +42,7 @@ def normalised(base_url: str) -> str:
 class Server:
     """The server at `base_url`, as `normalised` gives it. Threads may share one; made and used in one process.
 
-    The key is read from the environment variable `api_key_env` when the first connection is opened, and lives only there.
+    The key that `api_key_env` names, see `read_key`, is read when the first connection is opened, and lives only there.
     """
 
     def __init__(self, base_url: str, api_key_env: str = "") -> None:
@@ -53,7 +54,7 @@ class Server:
         self._lock = threading.Lock()
 
     def open(self) -> None:
-        """Read the key. Raises BadRequest if the variable is named but not set."""
+        """Read the key. Raises BadRequest if it is named and cannot be had."""
         with self._lock:
             if self._headers is None:
                 self._headers = self._read_headers()
@@ -62,12 +63,7 @@ class Server:
         # Identity: a compressed body could unpack to far more than the size cap before it is seen.
         headers = {"accept-encoding": "identity"}
         if self.api_key_env:
-            key = os.environ.get(self.api_key_env, "").strip()
-            if not key:
-                raise BadRequest(f"vlm-api-key-env: the environment variable {self.api_key_env} is not set")
-            if not (key.isascii() and key.isprintable()):
-                raise BadRequest(f"vlm-api-key-env: {self.api_key_env} holds characters no header can carry")
-            headers["authorization"] = f"Bearer {key}"
+            headers["authorization"] = f"Bearer {read_key(self.api_key_env)}"
         return headers
 
     @contextlib.contextmanager
@@ -157,7 +153,9 @@ class Server:
 
     def _redacted(self, text: object) -> str:
         """Servers and proxies may quote the request: its key must not reach a log through an error message."""
-        key = os.environ.get(self.api_key_env, "").strip() if self.api_key_env else ""
+        with self._lock:
+            headers = self._headers or {}  # none where another thread has closed meanwhile
+        key = headers.get("authorization", "").removeprefix("Bearer ") or os.environ.get(self.api_key_env, "")
         return str(text).replace(key, "[key]") if key else str(text)
 
 

@@ -53,6 +53,7 @@ def test_flags_that_the_docs_name_exist(page: Path) -> None:
         # Of pip, Beam, the benchmarks and examples of mistakes.
         *("--no-deps", "--index-url", "--extra-index-url"),
         *("--runner", "--direct_running_mode", "--direct_num_workers", "--direct_num_wrokers"),
+        *("--config", "--substitutions", "--build-arg"),  # of gcloud and docker
         *("--s3_access_key_id", "--s3_secret_access_key", "--s3_region_name", "--s3_endpoint_url"),
         *("--rounds", "--images", "--originals", "--queries", "--plot", "--clusters", "--samples", "--only"),
         *("--lookalikes", "--encoder", "--shape", "--side", "--tokens"),

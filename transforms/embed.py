@@ -16,7 +16,7 @@ from embeddings.encoder import Encoder, EncoderSpec, load_encoder
 from images.decode import Decoded, DecodeMode, Limits, decoder_of
 from images.fetch import Reach, decoders_of, ref_rows
 from images.sandbox_workers import MAY_PASS
-from shards.errors import BadData
+from shards.errors import BadData, RunFailed
 from shards.ids import digest
 from shards.ledger import ImageRow, Ledger, RefRow, image_key
 from shards.records import EmbeddedImage, Geometry, ImageFacts, SourceImage
@@ -57,14 +57,23 @@ def embed(encoder: Encoder, batch: Sequence[DecodedImage]) -> list[EmbeddedImage
 
 
 class EncoderHandler(ModelHandler[DecodedImage, EmbeddedImage, Encoder]):  # type: ignore[misc]  # Beam is untyped
-    """Runs the encoder under RunInference: DecodedImage in, EmbeddedImage out, `images_at_once` of them a call."""
+    """Runs the encoder under RunInference: DecodedImage in, EmbeddedImage out, `images_at_once` of them a call.
 
-    def __init__(self, spec: EncoderSpec, images_at_once: int) -> None:
+    `fingerprint` is that of the launcher's: where a worker's image holds other weights under the same name, the run fails.
+    """
+
+    def __init__(self, spec: EncoderSpec, images_at_once: int, fingerprint: str) -> None:
         super().__init__(min_batch_size=images_at_once, max_batch_size=images_at_once)
-        self._spec = spec
+        self._spec, self._fingerprint = spec, fingerprint
 
     def load_model(self) -> Encoder:
-        return load_encoder(self._spec)
+        encoder = load_encoder(self._spec)
+        if encoder.fingerprint != self._fingerprint:
+            raise RunFailed(
+                f"encoder {self._spec.name}: this worker's weights or settings are not those of the machine that started the run;"
+                " give both the same image"
+            )
+        return encoder
 
     def run_inference(
         self, batch: Sequence[DecodedImage], model: Encoder, inference_args: dict[str, Any] | None = None
@@ -249,7 +258,9 @@ class EmbedImages(beam.PTransform):
         embedded = (
             decoded.images
             | "RunEncoder"
-            >> RunInference(EncoderHandler(self.spec, images_at_once)).with_output_types(EmbeddedImage)
+            >> RunInference(EncoderHandler(self.spec, images_at_once, self.encoder)).with_output_types(
+                EmbeddedImage
+            )
             | "Remember" >> beam.ParDo(_Remember(self.to, decoder)).with_output_types(EmbeddedImage)
         )
         return Outcome(embedded, decoded[DECISIONS], decoded[DEAD])

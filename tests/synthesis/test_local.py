@@ -19,7 +19,7 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoP
 
 from shards.errors import BadData, BadRequest, RunFailed
 from synthesis.backend import Ask, Picture, Reply, VlmFailure, schema_of
-from synthesis.local import Engine, LocalVlm, _engine, open_local
+from synthesis.local import Engine, LocalVlm, _engine, describe_local, open_local
 from synthesis.local_model import LocalModel, Message, collate, find_local, load_local
 from tests.tiny_vlm import QUESTION
 from training.language_models import smollm2_folder
@@ -375,3 +375,12 @@ def test_what_cannot_be_had_is_a_bad_request(path: str, says: str, tmp_path: Pat
     places = {"empty": str(tmp_path / "empty"), "broken": str(broken), "untemplated": str(untemplated)}
     with pytest.raises(BadRequest, match="--vlm-local .*" + says):
         open_local(path.format(**places), "cpu")
+
+
+def test_a_model_that_runs_elsewhere_is_described_by_its_configuration(tiny_folder, tmp_path) -> None:
+    shutil.copy(tiny_folder / "config.json", tmp_path)  # no weights: none are loaded
+    described = describe_local(str(tmp_path), "cuda")
+    assert (described.spec.device, described.spec.dtype, described.sees_images) == ("cuda", "bfloat16", True)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(BadRequest, match="--vlm-local .*: cannot be loaded"):
+        describe_local(str(tmp_path), "cuda")

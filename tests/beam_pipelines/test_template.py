@@ -1,0 +1,208 @@
+"""Flex Templates: the specification by Google's own message, launches as a recording server got them, and what the launcher starts."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.portability.api import beam_runner_api_pb2 as protos
+from google.cloud import dataflow_v1beta3 as api
+
+from beam_pipelines.cli import run
+from beam_pipelines.curate_images import curate
+from beam_pipelines.options import CurateOptions, parse_options
+from beam_pipelines.service import checked_spec
+from beam_pipelines.template import check_parameters, options_of, parameters, spec, spec_text
+from beam_pipelines.template_main import main, parted
+from shards.errors import BadRequest
+from shards.storage import storage_of
+from tests.beam_pipelines.conftest import IMAGE
+from tests.conftest import REPOSITORY
+
+OTHER = "us-docker.pkg.dev/p/r/other:2"
+
+
+def test_the_specification_is_googles_message_and_the_golden_file() -> None:
+    golden = (REPOSITORY / "container" / "image_spec.json").read_text()
+    image = json.loads(golden)["image"]
+    assert spec_text(spec("curate", image)) == golden, (
+        "the template's parameters have changed: whoever launches the old template with the old image goes on as before; with the"
+        " new image, parameters that went are refused. If that is meant, `make docs` writes container/image_spec.json anew"
+    )
+    message = checked_spec(golden)
+    assert message.image == message.default_environment.sdk_container_image
+    assert message.sdk_info.language == api.SDKInfo.Language.PYTHON
+    by_name = {one.name: one for one in message.metadata.parameters}
+    assert set(CurateOptions.model_fields) - set(by_name) == {"dry_run", "sources"}
+    assert [name for name, one in by_name.items() if not one.is_optional] == ["output"]
+    assert by_name["dedup_mode"].param_type == api.ParameterType.ENUM
+    assert [one.value for one in by_name["dedup_mode"].enum_options] == ["copies", "similar", "exact"]
+    assert by_name["geometric_cosine"].parent_name == "geometric"
+    assert all(one.help_text and one.label and one.group_name for one in by_name.values())
+    with pytest.raises(ValueError, match="bogus"):
+        checked_spec('{"image": "x", "bogus": 1}')
+    with pytest.raises(ValueError, match="NO_TYPE"):
+        checked_spec('{"metadata": {"parameters": [{"paramType": "NO_TYPE"}]}}')
+
+
+def test_defaults_are_what_their_expressions_and_the_job_allow() -> None:
+    entries = parameters("curate")
+    given = {name: body["defaultValue"] for name, body in entries.items() if "defaultValue" in body}
+    given |= {"input": "gs://bucket/in/", "output": "gs://bucket/out"}
+    for name, text in given.items():
+        assert all(re.search(pattern, text) for pattern in entries[name].get("regexes", ())), name
+    options = check_parameters("curate", given)
+    assert options == parse_options({"input": ["gs://bucket/in/"], "output": "gs://bucket/out"})
+    assert all(re.fullmatch(r"[a-zA-Z][a-zA-Z0-9_]+", name) for name in entries)
+
+
+def test_no_parameter_of_a_job_is_also_an_option_of_beam() -> None:
+    beams = set(PipelineOptions([]).get_all_options())
+    own = {"job", "config", *CurateOptions.model_fields}
+    assert beams & own == {"dry_run"} and "dry_run" not in parameters("curate")
+
+
+def test_lists_are_json_or_one_value() -> None:
+    given = {"input": '["gs://b/x/", "gs://b/y/*.tar"]', "output": "gs://bck/out", "filter": "side >= 2"}
+    options = options_of("curate", given | {"limit": "5", "geometric": "true", "tagger": "[ab]*.safetensors"})
+    assert options.input == ["gs://b/x/", "gs://b/y/*.tar"] and options.filter == ["side >= 2"]
+    assert (options.limit, options.geometric, options.tagger) == (5, True, ["[ab]*.safetensors"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"cosin": "1"}, "no such parameter; did you mean cosine?"),
+        ({"cosine": "high"}, "cosine=high: does not match"),
+        ({"cosine": "2"}, "--cosine"),
+        ({"geometric": "yes"}, r"geometric=yes: does not match \^\(true\|false\)\$"),
+        ({"output": ""}, "output=: does not match"),
+        ({"input": "photos/"}, "input=photos/: does not match"),
+        ({"input": ""}, "--input is missing"),
+    ],
+)
+def test_wrong_parameters_are_named(given: dict[str, str], message: str) -> None:
+    with pytest.raises(BadRequest, match=message):
+        check_parameters(
+            "curate",
+            {"input": "gs://bck/in", "output": "gs://bck/out", **given}
+            if given.get("input") != ""
+            else {"output": "gs://bck/out"},
+        )
+
+
+def test_a_template_is_built_shown_and_launched_again_with_other_options(
+    gcs, dataflow, write_config, corpus: list[Path], tmp_path: Path, capfd
+) -> None:
+    # What stands: a run of two images.
+    photos = storage_of(f"gs://{gcs.bucket}/photos")
+    for path in corpus[:2]:
+        photos.write(path.name, path.read_bytes())
+    out, template = f"gs://{gcs.bucket}/out", f"gs://{gcs.bucket}/templates/curate.json"
+    snapshot = curate(parse_options({"input": [photos.root], "output": out, "cosine": 0.97}))
+    assert run(["template", "build", "curate", "--image", IMAGE, "--output", template]) == 0
+    assert (
+        checked_spec(storage_of(f"gs://{gcs.bucket}").read("templates/curate.json").decode()).image == IMAGE
+    )
+    assert run(["template", "show", "curate"]) == 0
+    assert "  cosine NUMBER [0.95]: " in capfd.readouterr().out
+
+    block = {
+        "machine_type": "g2-standard-8",
+        "accelerator": "nvidia-l4",
+        "max_num_workers": 4,
+        "number_of_worker_harness_threads": 4,
+        "use_public_ips": False,
+        "labels": {"team": "vision"},
+        "sdk_container_image": OTHER,
+    }
+    asked = [f"input={photos.root}/", f"output={out}", "cosine=0.96", "device=cuda"]
+    command = ["template", "run", "curate", "--template", template, "--config", write_config(block), *asked]
+    assert run([*command, "--dry-run"]) == 0
+    shown = capfd.readouterr().out
+    assert not dataflow.asked and '"containerSpecGcsPath"' in shown
+    assert run([*command, "--job-name", "again"]) == 0
+    shown = capfd.readouterr().out
+    assert (
+        f"other options than snapshot {snapshot.id[:12]} was made with:\n  --cosine: 0.97 -> 0.96\n" in shown
+    )
+    assert "2026-01-01_launched?project=test-proj" in shown
+    (sent,) = dataflow.asked
+    assert sent.path == "/v1b3/projects/test-proj/locations/us-central1/flexTemplates:launch"
+    launch = sent.body["launchParameter"]
+    assert (launch["jobName"], launch["containerSpecGcsPath"]) == ("again", template)
+    assert launch["parameters"] == {
+        "job": "curate",
+        "input": f"{photos.root}/",
+        "output": out,
+        "cosine": "0.96",
+        "device": "cuda",
+        "dataflow_service_options": "worker_accelerator=type:nvidia-l4;count:1;install-nvidia-driver",
+        "number_of_worker_harness_threads": "4",
+    }
+    environment = launch["environment"]
+    assert environment["machineType"] == "g2-standard-8" and environment["maxWorkers"] == 4
+    assert environment["sdkContainerImage"] == OTHER and environment["additionalUserLabels"] == {
+        "team": "vision"
+    }
+    assert environment["additionalExperiments"] == ["no_use_multiple_sdk_containers"]
+    assert environment["ipConfiguration"] in (2, "WORKER_IP_PRIVATE")
+    assert environment["launcherMachineType"] == "e2-standard-4"
+
+    # The same options: nothing differs. Another folder: nothing stands. A refusal is one line.
+    asked[2] = "cosine=0.97"
+    assert run([*command[:7], *asked, "--dry-run"]) == 0
+    assert "was made with the same options" in capfd.readouterr().out
+    assert run([*command[:7], asked[0], f"output=gs://{gcs.bucket}/new", "--dry-run"]) == 0
+    assert "no snapshot stands there" in capfd.readouterr().out
+    dataflow.refuse = "no such template"
+    assert run(command) == 1
+    assert f"template {template}: 400" in (said := capfd.readouterr().err) and "no such template" in said
+
+
+def test_the_launcher_submits_what_parameters_and_its_own_options_ask_for(
+    gcs, dataflow, no_credentials, corpus: list[Path], capfd
+) -> None:
+    storage = storage_of(f"gs://{gcs.bucket}")
+    storage.write("photos/cat.jpg", corpus[0].read_bytes())
+    storage.write("run.yaml", b"max_tags: 3\ndataflow: {project: elsewhere}\n")
+    arguments = [
+        "--job=curate",
+        f"--config=gs://{gcs.bucket}/run.yaml",
+        f"--input=gs://{gcs.bucket}/photos/",
+        f"--output=gs://{gcs.bucket}/out",
+        "--geometric=true",
+        "--runner=DataflowRunner",
+        "--project",
+        "test-proj",
+        "--region=us-central1",
+        f"--temp_location=gs://{gcs.bucket}/tmp",
+        f"--template_location=gs://{gcs.bucket}/launch/job_object",
+        "--job_name=again",
+        f"--sdk_container_image={IMAGE}",
+        f"--dataflow_endpoint={dataflow.url}",
+        "--no_auth",
+        "--of_a_newer_launcher=1",
+    ]
+    job, given, beam_args = parted(arguments)
+    assert job == "curate" and set(given) == {"config", "input", "output", "geometric"}
+    assert beam_args[:2] == ["--runner=DataflowRunner", "--project=test-proj"]
+    assert main(arguments) == 0
+    assert "--of_a_newer_launcher=1: not an option of this Beam" in capfd.readouterr().err
+    assert not dataflow.asked  # Dataflow's launcher takes the job from where it was told to leave it
+    request: dict[str, Any] = json.loads(storage.read("launch/job_object"))
+    assert request["name"] == "again"
+    (path,) = (file.path for file in storage.walk("tmp") if file.path.endswith("/pipeline.pb"))
+    names = {
+        step.unique_name
+        for step in protos.Pipeline.FromString(storage.read(path)).components.transforms.values()
+    }
+    assert "Geometric" in names and "Commit" in names
+    kept = json.loads(storage.read("out/request.json"))["options"]
+    assert kept["geometric"] is True and kept["max_tags"] == 3
+
+    assert main(["--output=gs://bck/out", "--runner=DataflowRunner"]) == 2
+    assert "--input is missing" in capfd.readouterr().err
+    assert main(["--job=mill"]) == 2
