@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -112,3 +114,15 @@ def test_the_fix_does_nothing_where_operators_load() -> None:
         assert torchvision_fix.LIBRARY is None
     else:
         assert torchvision_fix.LIBRARY is not None
+
+
+def test_an_encoder_loads_no_compiler_and_its_question_is_passed_on() -> None:
+    lines = (
+        "import sys, embeddings.encoder",
+        "print('torch._dynamo' in sys.modules)",
+        "asked = sys.modules['torchvision.ops.roi_align'].is_compile_supported",
+        "print(asked('cpu') == __import__('torch._dynamo.utils')._dynamo.utils.is_compile_supported('cpu'))",
+    )
+    command = [sys.executable, "-W", "ignore", "-c", "\n".join(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
