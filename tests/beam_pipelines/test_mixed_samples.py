@@ -1,4 +1,4 @@
-"""A thousand samples of no, one and many images from three formats: every one has a fate, and every reader has its images in order."""
+"""Hundreds of samples with no, one and many images from three formats: every one has a fate, and every reader has its images in order."""
 
 import io
 import json
