@@ -10,15 +10,16 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import timm
 import torch
-from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from torch import nn
 
 from embeddings.backbone import load_backbone, torch_device
 from shards.errors import BadRequest
 from shards.ids import digest
 from shards.records import Geometry
+
+import timm  # isort: skip  (after the fix in embeddings.backbone)
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config  # isort: skip
 
 T = TypeVar("T")
 

@@ -183,6 +183,7 @@ def try_prompt(prompt: Prompt, inputs: Mapping[str, Any]) -> str:
         raise BadRequest(f"prompt {prompt.name}/{prompt.version}: cannot be rendered, {what}") from error
 
 
+@functools.lru_cache(maxsize=256)
 def parse_prompt(name: str, version: str, content: bytes) -> Prompt:
     """A prompt from a file's bytes. Raises BadRequest if its front matter or its template is not well formed."""
 

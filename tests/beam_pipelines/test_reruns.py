@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from shards.collect import collect, find_garbage
 from shards.compact import compact
 from shards.errors import BadRequest
 from shards.ledger import Ledger, RefRow
-from shards.snapshot import Destination, Snapshot
+from shards.snapshot import Destination, Snapshot, open_snapshot
 from shards.storage import storage_of
 from shards.verify import verify_snapshot
 
@@ -65,9 +66,7 @@ def picture(number: int) -> bytes:
     return sink.getvalue()
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
+def write_photos(folder: Path) -> Path:
     folder.mkdir()
     for number in range(20):
         (folder / f"{number:02}.jpg").write_bytes(picture(number))
@@ -75,6 +74,36 @@ def photos(tmp_path: Path) -> Path:
     (folder / "broken.jpg").write_bytes(picture(4)[:700])
     write_captions(folder, "a picture")
     return folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return write_photos(tmp_path / "photos")
+
+
+class Begun(NamedTuple):
+    """Photos that no test changes, and what a run from nothing made of them."""
+
+    photos: Path
+    out: Path
+    snapshot: Snapshot
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Begun:
+    root = tmp_path_factory.mktemp("begun")
+    photos = write_photos(root / "photos")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "_CLOCK_TICK_NS", 0)
+        patch.setattr(files, "_COARSE_TICK_NS", 0)
+        return Begun(photos, root / "out", run(photos, root / "out"))
+
+
+@pytest.fixture
+def begun(once: Begun, tmp_path: Path) -> Begun:
+    """With an output of the test's own."""
+    shutil.copytree(once.out, tmp_path / "out")
+    return once._replace(out=tmp_path / "out", snapshot=open_snapshot(str(tmp_path / "out")))
 
 
 def write_captions(folder: Path, text: str) -> None:
@@ -111,13 +140,9 @@ def media(out: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in (out / "media").iterdir()}
 
 
-def test_an_unchanged_folder_is_neither_fetched_nor_embedded_nor_packed_again(photos, tmp_path, work) -> None:
-    out = tmp_path / "out"
-    first = run(photos, out)
-    assert len(work.fetched) == 22 and work.embedded > 0
+def test_an_unchanged_folder_is_neither_fetched_nor_embedded_nor_packed_again(begun, work) -> None:
+    photos, out, first = begun
     packs = {path: path.stat().st_mtime_ns for path in (out / "media").iterdir()}
-    work.fetched.clear()
-    work.embedded = 0
     again = run(photos, out)
     assert (work.fetched, work.embedded) == ([], 0)
     assert again.manifest.files() == first.manifest.files() and again.id == first.id
@@ -126,11 +151,8 @@ def test_an_unchanged_folder_is_neither_fetched_nor_embedded_nor_packed_again(ph
     assert failures[0]["decode/truncated"][0]["message"], "a recalled failure says what it said"
 
 
-def test_references_can_be_verified_and_a_moved_folder_is_known_by_its_bytes(photos, tmp_path, work) -> None:
-    out = tmp_path / "out"
-    first = run(photos, out)
-    work.fetched.clear()
-    work.embedded = 0
+def test_references_can_be_verified_and_a_moved_folder_is_known_by_its_bytes(begun, tmp_path, work) -> None:
+    photos, out, first = begun
     assert run(photos, out, verify_refs=True).id == first.id
     assert (len(work.fetched), work.embedded) == (22, 0)
     moved = tmp_path / "moved"
@@ -146,6 +168,7 @@ def test_references_can_be_verified_and_a_moved_folder_is_known_by_its_bytes(pho
 def test_a_changed_file_is_seen_whatever_its_times_say(photos, tmp_path, work) -> None:
     out = tmp_path / "out"
     run(photos, out)
+    assert len(work.fetched) == 22 and work.embedded > 0
     path = photos / "05.jpg"
     times = path.stat()
     changed = bytearray(picture(50))[: times.st_size]
@@ -215,22 +238,18 @@ def test_a_pack_of_which_nothing_is_named_leaves_and_a_lost_one_is_written_again
     assert packed - sum(file.num_records for file in left.manifest.tombstones) == 1
 
 
-def test_another_runs_ledger_is_reused(photos, tmp_path, work) -> None:
-    run(photos, tmp_path / "one")
-    work.fetched.clear()
-    work.embedded = 0
-    reused = run(photos, tmp_path / "two", reuse_from=[str(tmp_path / "one")])
+def test_another_runs_ledger_is_reused(begun, tmp_path, work) -> None:
+    photos, out, first = begun
+    reused = run(photos, tmp_path / "two", reuse_from=[str(out)])
     # Fetched once, for the packs: nothing is stored here yet.
     assert (work.fetched, work.embedded) == ([], 0)
-    assert content(reused) == content(run(photos, tmp_path / "three"))
+    assert content(reused) == content(first)
     with pytest.raises(BadRequest, match="--reuse-from.*no ledger"):
         run(photos, tmp_path / "four", reuse_from=[str(tmp_path / "none")])
 
 
-def test_limits_that_changed_are_applied_to_what_is_recalled(photos, tmp_path, work) -> None:
-    out = tmp_path / "out"
-    run(photos, out)
-    work.embedded = 0
+def test_limits_that_changed_are_applied_to_what_is_recalled(begun, tmp_path, work) -> None:
+    photos, out, _ = begun
     largest = max(path.stat().st_size for path in photos.glob("*.jpg"))
     options = {"max_image_bytes": largest - 1, "max_image_pixels": 128 * 96 - 1}
     later = run(photos, out, **options)

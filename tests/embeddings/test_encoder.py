@@ -1,3 +1,6 @@
+import subprocess
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -112,3 +115,16 @@ def test_the_fix_does_nothing_where_operators_load() -> None:
         assert torchvision_fix.LIBRARY is None
     else:
         assert torchvision_fix.LIBRARY is not None
+
+
+def test_an_encoder_loads_no_compiler() -> None:
+    lines = "import sys, embeddings.encoder; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", lines], stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_the_compiler_is_asked_where_torchvision_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = types.SimpleNamespace(is_compile_supported=lambda device: device == "cuda")
+    monkeypatch.setitem(sys.modules, "torch._dynamo.utils", compiler)
+    asked = sys.modules["torchvision.ops.roi_align"].is_compile_supported
+    assert asked("cuda") and not asked("cpu")

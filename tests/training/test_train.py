@@ -58,20 +58,20 @@ def test_the_output_is_a_model_with_a_card(trained):
 
 def test_equal_seeds_give_equal_losses(data, tmp_path):
     runs = []
-    for name, seed, steps in (("a", 3, 5), ("b", 3, 5), ("c", 4, 1)):
+    for name, seed, steps in (("a", 3, 3), ("b", 3, 3), ("c", 4, 1)):
         output = tmp_path / name
         options = TrainOptions(
             data=str(data),
             output=str(output),
             lm="tiny",
             max_steps=steps,
-            batch_size=4,
+            batch_size=2,
             caption_samples=0,
             seed=seed,
         )
         main(options)
         runs.append(losses(output))
-    assert len(runs[0]) == 5
+    assert len(runs[0]) == 3
     assert runs[0] == runs[1]
     assert runs[0][0] != runs[2][0]
 
