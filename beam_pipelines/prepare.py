@@ -2,7 +2,6 @@
 
 import difflib
 import math
-import os
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from beam_pipelines.codes import CODES
-from beam_pipelines.launch import beam_options, is_local
+from beam_pipelines.launch import beam_options, cores_each, is_local, processes
 from beam_pipelines.located import passed_over
 from beam_pipelines.options import CurateOptions, flag
 from beam_pipelines.sources import (
@@ -345,10 +344,11 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
             f"--output {options.output}: {gone} of {before} images of the snapshot there are not in this input, which is to be"
             " the whole input; --replace if that is meant"
         )
-    spec = EncoderSpec(options.encoder, options.encoder_weights, options.device, options.batch_size)
+    cores = cores_each(pipeline_options)
+    threads = cores if processes(pipeline_options) > 1 else 0
+    spec = EncoderSpec(options.encoder, options.encoder_weights, options.device, options.batch_size, threads)
     model = load_encoder(spec)
-    decoders = max(1, len(os.sched_getaffinity(0)) // options.workers) if is_local(pipeline_options) else 0
-    reach = reach_of(to, options, decoders)
+    reach = reach_of(to, options, cores)
     synthesis = prepare_synthesis(to, options, reach, limits)
     losses = prepare_losses(options, to, reach, synthesis is not None)
     stored = base.stored_packs() if base else []
