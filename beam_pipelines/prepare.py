@@ -12,7 +12,7 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from beam_pipelines.codes import CODES
-from beam_pipelines.launch import beam_options, cores_each, is_local, processes
+from beam_pipelines.launch import beam_options, cores_each, is_local
 from beam_pipelines.located import passed_over
 from beam_pipelines.options import CurateOptions, flag
 from beam_pipelines.sources import (
@@ -345,8 +345,7 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
             " the whole input; --replace if that is meant"
         )
     cores = cores_each(pipeline_options)
-    threads = cores if processes(pipeline_options) > 1 else 0
-    spec = EncoderSpec(options.encoder, options.encoder_weights, options.device, options.batch_size, threads)
+    spec = EncoderSpec(options.encoder, options.encoder_weights, options.device, options.batch_size, cores)
     model = load_encoder(spec)
     reach = reach_of(to, options, cores)
     synthesis = prepare_synthesis(to, options, reach, limits)

@@ -56,6 +56,22 @@ def test_flags_that_the_docs_name_exist(page: Path) -> None:
         *("--s3_access_key_id", "--s3_secret_access_key", "--s3_region_name", "--s3_endpoint_url"),
         *("--rounds", "--images", "--originals", "--queries", "--plot", "--clusters", "--samples", "--only"),
         *("--lookalikes", "--encoder", "--shape", "--side", "--tokens"),
+        *(
+            "--job_endpoint",
+            "--flink_master",
+            "--flink_job_server_jar",
+            "--environment_type",
+            "--environment_config",
+        ),
+        *(
+            "--parallelism",
+            "--experiments",
+            "--environment_cache_millis",
+            "--sdk_worker_parallelism",
+            "--prism_location",
+        ),
+        *("--checkpointing_interval", "--savepoint_path", "--state_backend", "--max_bundle_size"),
+        *("--flink-master", "--job-port", "--service_port"),  # of Beam's job server and worker pool
         *("--host", "--port", "--limit-mm-per-prompt"),  # of vllm
     }
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()))
