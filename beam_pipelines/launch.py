@@ -13,14 +13,17 @@ from types import TracebackType
 from typing import Any, Self
 
 import apache_beam as beam
+import httpx
 import psutil
 from apache_beam.options.pipeline_options import (
     DirectOptions,
+    FlinkRunnerOptions,
     PipelineOptions,
     PortableOptions,
     StandardOptions,
     _BeamArgumentParser,
 )
+from apache_beam.runners.portability.flink_runner import FlinkRunner
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.runners.runner import PipelineResult
 from apache_beam.transforms.environments import SubprocessSDKEnvironment
@@ -142,10 +145,12 @@ def run_pipeline(
     """
     logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # what ends a run is raised, and printed once
     started: list[PipelineResult] = []
+    # Asked now: a portable runner takes its own name out of the options.
+    elsewhere, flink = not is_local(options), _flink_master(options)
 
     def end() -> None:
         for job in started:
-            job.cancel()
+            _cancel(job, flink)
         on_interrupt()
 
     with _interruptible(end):
@@ -153,7 +158,7 @@ def run_pipeline(
         construct(pipeline)
         try:
             result = pipeline.run()
-            if not is_local(options):
+            if elsewhere:
                 started.append(result)
             result.wait_until_finish()
             counters = result.metrics().query()["counters"]
@@ -169,6 +174,25 @@ def run_pipeline(
     for counter in counters:
         totals[f"{counter.key.metric.namespace}/{counter.key.metric.name}"] += counter.committed or 0
     return dict(totals)
+
+
+def _flink_master(options: PipelineOptions) -> str:
+    """Where Flink's REST API is, for FlinkRunner on a cluster that is named; else empty."""
+    master = str(options.view_as(FlinkRunnerOptions).flink_master)
+    named = _runner_of(options) == "FlinkRunner" and not master.startswith("[")
+    return str(FlinkRunner.add_http_scheme(master)) if named else ""
+
+
+def _cancel(job: PipelineResult, flink_master: str) -> None:
+    """Cancel a job that runs elsewhere. Beam's job server for Flink only forgets a batch job, so Flink is told itself."""
+    job.cancel()
+    if not flink_master:
+        return
+    name = str(job._job_id).rpartition("_")[0]  # the job server appends an id of its own
+    with httpx.Client(base_url=flink_master, timeout=_CLEAN_UP_S) as flink:
+        for running in flink.get("/jobs/overview").json()["jobs"]:
+            if running["name"] == name:
+                flink.patch(f"/jobs/{running['jid']}", params={"mode": "cancel"})
 
 
 def _as_ended(kind: str, message: str) -> ShardmillError:
