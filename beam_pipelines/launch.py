@@ -1,6 +1,7 @@
 """Starting a pipeline: Beam's options checked, progress shown on this machine, a clean end whatever happens."""
 
 import contextlib
+import copy
 import logging
 import os
 import re
@@ -25,7 +26,7 @@ from apache_beam.options.pipeline_options import (
 )
 from apache_beam.runners.portability.flink_runner import FlinkRunner
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
-from apache_beam.runners.runner import PipelineResult
+from apache_beam.runners.runner import PipelineResult, PipelineRunner
 from apache_beam.transforms.environments import SubprocessSDKEnvironment
 from rich.console import Console
 from rich.progress import (
@@ -119,8 +120,20 @@ def cores_each(options: PipelineOptions) -> int:
     return max(1, len(os.sched_getaffinity(0)) // processes(options)) if is_local(options) else 0
 
 
-def _runner(options: PipelineOptions, one_gpu_each: bool) -> FnApiRunner | None:
-    """FnApiRunner with our own worker processes where it is to have some: Beam's fill the screen and take all cores each."""
+class _FusingFlinkRunner(FlinkRunner):
+    """FlinkRunner that fuses streaming graphs here as it does batch ones: see FLINK_DEFAULTS."""
+
+    @staticmethod
+    def _optimize_pipeline(proto_pipeline: Any, options: PipelineOptions) -> Any:
+        as_batch = copy.deepcopy(options)
+        as_batch.view_as(StandardOptions).streaming = False
+        return FlinkRunner._optimize_pipeline(proto_pipeline, as_batch)
+
+
+def _runner(options: PipelineOptions, one_gpu_each: bool) -> PipelineRunner | None:
+    """Our own form of a runner: FnApiRunner's worker processes fill the screen and take all cores each. None: as Beam has it."""
+    if _runner_of(options) == "FlinkRunner":
+        return _FusingFlinkRunner()
     if _runner_of(options) != "FnApiRunner" or processes(options) == 1:
         return None
     options.view_as(DirectOptions).direct_num_workers = processes(options)

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -345,7 +346,10 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
             " the whole input; --replace if that is meant"
         )
     cores = cores_each(pipeline_options)
-    spec = EncoderSpec(options.encoder, options.encoder_weights, options.device, options.batch_size, cores)
+    threads = (
+        0 if cores == os.cpu_count() else cores
+    )  # 0 is all: one spec, so one loaded model, for all who ask for that
+    spec = EncoderSpec(options.encoder, options.encoder_weights, options.device, options.batch_size, threads)
     model = load_encoder(spec)
     reach = reach_of(to, options, cores)
     synthesis = prepare_synthesis(to, options, reach, limits)

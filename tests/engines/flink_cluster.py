@@ -53,7 +53,7 @@ CONFIGURATION: dict[str, str | int] = {
     "taskmanager.memory.network.max": "256m",
     # Beam's classes are the cluster's own: SDK workers outlive a stage only where Beam is not loaded anew with each job.
     "classloader.resolve-order": "parent-first",
-    # A graph of a hundred exchanges: each takes its least number of buffers, 512 of 32 KB unless told otherwise.
+    # A graph of many exchanges: each takes its least number of buffers, 512 of 32 KB unless told otherwise.
     "taskmanager.memory.segment-size": "8kb",
     "taskmanager.network.sort-shuffle.min-buffers": 32,
     "taskmanager.memory.managed.size": "256m",
