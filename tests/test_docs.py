@@ -70,7 +70,13 @@ def test_flags_that_the_docs_name_exist(page: Path) -> None:
             "--sdk_worker_parallelism",
             "--prism_location",
         ),
-        *("--checkpointing_interval", "--savepoint_path", "--state_backend", "--max_bundle_size"),
+        *(
+            "--shutdown_sources_after_idle_ms",
+            "--checkpointing_interval",
+            "--savepoint_path",
+            "--state_backend",
+            "--max_bundle_size",
+        ),
         *("--flink-master", "--job-port", "--service_port"),  # of Beam's job server and worker pool
         *("--host", "--port", "--limit-mm-per-prompt"),  # of vllm
     }

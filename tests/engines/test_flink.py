@@ -3,10 +3,12 @@
 import signal
 from pathlib import Path
 
+from beam_pipelines.launch import beam_options, run_pipeline
 from shards.snapshot import Snapshot
 from shards.verify import verify_snapshot
 from tests.engines.conftest import Batch, same, wait_for
 from tests.engines.flink_cluster import FlinkCluster
+from tests.engines.small_stream import build
 
 
 def test_the_batch_job_gives_the_bytes_of_a_local_run(
@@ -33,6 +35,20 @@ def test_a_task_manager_that_is_killed_changes_nothing(
     assert flink.restarts() > 0
     assert same(snapshot, local)
     assert not list(verify_snapshot(snapshot))
+
+
+def test_a_streaming_graph_is_taken_and_loses_and_doubles_nothing(
+    flink: FlinkCluster, tmp_path: Path
+) -> None:
+    stream = ["--streaming", "--checkpointing_interval=2000", "--shutdown_sources_after_idle_ms=1000"]
+    run_pipeline(
+        lambda pipeline: build(pipeline, str(tmp_path)),
+        beam_options([*flink.beam_args, *stream], 1),
+        lambda: None,
+    )
+    found = {path.name: sorted(map(int, path.read_text().split())) for path in tmp_path.iterdir()}
+    # Each number thrice together and once more, in windows of 0 to 4 and 5 to 9.
+    assert found == {"0": [8, 8], "1": [4, 8], "2": [4, 8]}
 
 
 def test_who_interrupts_the_launcher_cancels_the_job(
