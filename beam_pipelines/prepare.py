@@ -14,7 +14,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from beam_pipelines.codes import CODES
 from beam_pipelines.elsewhere import check_reachable, encoder_here
-from beam_pipelines.launch import beam_options, is_dataflow, is_local
+from beam_pipelines.launch import beam_options, cores_each, is_dataflow, is_local
 from beam_pipelines.located import passed_over
 from beam_pipelines.options import CurateOptions, flag
 from beam_pipelines.sources import (
@@ -355,10 +355,12 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
             f"--output {options.output}: {gone} of {before} images of the snapshot there are not in this input, which is to be"
             " the whole input; --replace if that is meant"
         )
-    spec = EncoderSpec(options.encoder, options.encoder_weights, options.device, options.batch_size)
+    cores = cores_each(pipeline_options)
+    # 0 is all: one spec, so one loaded model, for all who ask for that
+    threads = 0 if cores == os.cpu_count() else cores
+    spec = EncoderSpec(options.encoder, options.encoder_weights, options.device, options.batch_size, threads)
     model = load_encoder(encoder_here(spec) if elsewhere else spec)
-    decoders = max(1, len(os.sched_getaffinity(0)) // options.workers) if is_local(pipeline_options) else 0
-    reach = reach_of(to, options, decoders)
+    reach = reach_of(to, options, cores)
     synthesis = prepare_synthesis(to, options, reach, limits, elsewhere)
     losses = prepare_losses(options, to, reach, synthesis is not None, elsewhere)
     stored = base.stored_packs() if base else []

@@ -59,6 +59,28 @@ def test_flags_that_the_docs_name_exist(page: Path) -> None:
         *("--lookalikes", "--encoder", "--shape", "--side", "--tokens"),
         *("--day", "--pilot", "--check", "--planned", "--encoded-bytes", "--decode-ms", "--dimensions"),
         *("--duplicates", "--calls", "--hot", "--worker-gb"),
+        *(
+            "--job_endpoint",
+            "--flink_master",
+            "--flink_job_server_jar",
+            "--environment_type",
+            "--environment_config",
+        ),
+        *(
+            "--parallelism",
+            "--experiments",
+            "--environment_cache_millis",
+            "--sdk_worker_parallelism",
+            "--prism_location",
+        ),
+        *(
+            "--shutdown_sources_after_idle_ms",
+            "--checkpointing_interval",
+            "--savepoint_path",
+            "--state_backend",
+            "--max_bundle_size",
+        ),
+        *("--flink-master", "--job-port", "--service_port"),  # of Beam's job server and worker pool
         *("--host", "--port", "--limit-mm-per-prompt"),  # of vllm
     }
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()))

@@ -314,6 +314,7 @@ def test_worker_processes_and_another_hash_seed_give_the_same_bytes(
     again = open_snapshot(str(tmp_path / "out"))
     assert (again.id, digest(again)) == (snapshot.id, digest(snapshot))
     assert "Traceback" not in done.stderr
+    assert "apache_beam" not in done.stderr and "INFO:" not in done.stderr
     assert "next: shardmill report" in done.stdout
 
 

@@ -1,0 +1,71 @@
+"""Gets an engine, runs the tests on it and says in one sentence what they showed: `python -m tests.engines flink|prism`.
+
+Engines come from Maven Central and the Go module proxy, in fixed versions, into examples/.build/engines, which is not committed.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+BUILD = HERE.parents[1] / "examples" / ".build" / "engines"
+PRISM = "github.com/apache/beam/sdks/v2/go/cmd/prism@v2.77.0"
+JARS_SHA256 = "ce29e5a20231aade03dbe908e23e288906d3e0645a69b56b226018868d2e9ed0"
+"""Of the lines `NAME SHA256` of all jars that flink.pom.xml leads to, sorted."""
+SHOWN = {
+    "flink": "On a Flink cluster the batch job gave the bytes of a local run, also when a TaskManager was killed; a streaming graph counted right.",
+    "prism": "On Prism the batch job gave the bytes of a local run.",
+}
+
+
+def sha256_of(jars: Path) -> str:
+    lines = (
+        f"{jar.name} {hashlib.sha256(jar.read_bytes()).hexdigest()}\n" for jar in sorted(jars.glob("*.jar"))
+    )
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def fetch_flink() -> None:
+    """Flink, Beam's runner for it and all they need, as Maven resolves them."""
+    jars = BUILD / "flink"
+    if jars.is_dir() and sha256_of(jars) == JARS_SHA256:
+        return
+    shutil.rmtree(jars, ignore_errors=True)
+    copy = ["dependency:copy-dependencies", "-DincludeScope=runtime", f"-DoutputDirectory={jars}"]
+    subprocess.run(["mvn", "-B", "-q", "-C", "-f", str(HERE / "flink.pom.xml"), *copy], check=True)
+    if (found := sha256_of(jars)) != JARS_SHA256:
+        raise SystemExit(f"the jars in {jars} are not those that were tested: {found}, not {JARS_SHA256}")
+
+
+def fetch_prism() -> None:
+    """Prism from source; the Go toolchain checks every module against the public checksum database."""
+    if not (BUILD / "bin" / "prism").exists():
+        environment = os.environ | {"GOBIN": str(BUILD / "bin"), "GOFLAGS": "-trimpath"}
+        subprocess.run(["go", "install", PRISM], env=environment, check=True)
+
+
+FETCH = {"flink": (fetch_flink, ("java", "mvn")), "prism": (fetch_prism, ("go",))}
+
+
+def main(engine: str) -> int:
+    fetch, needed = FETCH[engine]
+    missing = [tool for tool in needed if shutil.which(tool) is None]
+    if missing:
+        print(f"{engine.title()} was not tried: {' and '.join(missing)} not on the path.")
+        return 0
+    print(f"getting {engine.title()} into {BUILD}, once; it takes some minutes", flush=True)
+    BUILD.mkdir(parents=True, exist_ok=True)
+    fetch()
+    failed = subprocess.run(
+        [sys.executable, "-m", "pytest", "-v", str(HERE / f"test_{engine}.py")]
+    ).returncode
+    if not failed:
+        print(SHOWN[engine])
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

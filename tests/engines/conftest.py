@@ -1,0 +1,91 @@
+"""The batch job as a process of its own, on this machine and on engines that run elsewhere."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from beam_pipelines.planting import plant
+from shards.snapshot import Snapshot, open_snapshot
+from tests.conftest import IMAGES
+from tests.engines.__main__ import BUILD
+from tests.engines.flink_cluster import REPOSITORY, FlinkCluster
+
+IMAGES_OF_CAPTIONS = 60
+ORIGINALS, LOOKALIKES_EACH = 3, 3
+
+
+class Batch(NamedTuple):
+    """The batch job over a part of the demo's corpus: captioned images, changed copies, look-alikes, broken files."""
+
+    inputs: Sequence[str]
+
+    def start(self, out: Path, beam_args: Sequence[str] = ()) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "beam_pipelines.curate_images", "--output", str(out)]
+        flags = [text for path in self.inputs for text in ("--input", path)]
+        flags += ["--image-root", str(IMAGES), "--limit", str(IMAGES_OF_CAPTIONS)]
+        return subprocess.Popen(
+            [*command, *flags, "--", *beam_args],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        )
+
+    def finish(self, run: subprocess.Popen[str], out: Path, timeout_s: float = 560) -> Snapshot:
+        try:
+            _, errors = run.communicate(timeout=timeout_s)
+        finally:
+            run.kill()
+        assert run.returncode == 0, errors
+        assert "Traceback" not in errors, errors
+        return open_snapshot(str(out))
+
+    def run(self, out: Path, beam_args: Sequence[str] = ()) -> Snapshot:
+        return self.finish(self.start(out, beam_args), out)
+
+
+def same(one: Snapshot, other: Snapshot) -> bool:
+    """Whether two snapshots are equal to the byte: id, samples, decisions, dead letters, media packs."""
+    files = [[(file.path, file.sha256) for file in snapshot.manifest.files()] for snapshot in (one, other)]
+    return one.id == other.id and files[0] == files[1]
+
+
+def wait_for(what: str, happened: object, timeout_s: float = 300) -> None:
+    assert callable(happened)
+    deadline = time.monotonic() + timeout_s
+    while not happened():
+        assert time.monotonic() < deadline, f"{what}: not in {timeout_s:.0f} s"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="session")
+def batch(tmp_path_factory: pytest.TempPathFactory) -> Batch:
+    planted = tmp_path_factory.mktemp("planted")
+    plant(sorted(IMAGES.iterdir()), planted, 0, ORIGINALS, LOOKALIKES_EACH)
+    return Batch([f"captions={REPOSITORY / 'examples' / 'captions.jsonl'}", f"planted={planted}"])
+
+
+@pytest.fixture(scope="session")
+def local(batch: Batch, tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
+    """What the batch job gives on FnApiRunner."""
+    return batch.run(tmp_path_factory.mktemp("local") / "out")
+
+
+@pytest.fixture(scope="session")
+def flink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlinkCluster]:
+    """A running cluster; `flink.beam_args` name it to a pipeline."""
+    with FlinkCluster(BUILD / "flink", tmp_path_factory.mktemp("flink")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def prism() -> list[str]:
+    """Options that name Prism to a pipeline, which starts and stops it."""
+    return ["--runner=PrismRunner", f"--prism_location={BUILD / 'bin' / 'prism'}"]
