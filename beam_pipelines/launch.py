@@ -40,7 +40,7 @@ from rich.progress import (
 
 from beam_pipelines import worker
 from beam_pipelines.dataflow import names_dataflow
-from shards.errors import AbortedByLimit, BadRequest, RunFailed, ShardmillError
+from shards.errors import AbortedByLimit, BadRequest, CommitConflict, RunFailed, ShardmillError
 from transforms.progress import counts
 
 LOCAL_RUNNERS = ("FnApiRunner", "DirectRunner", "BundleBasedDirectRunner")
@@ -74,7 +74,7 @@ def beam_options(beam_args: Sequence[str], workers: int) -> PipelineOptions:
         arguments += ["--runner=FnApiRunner"]
         if workers > 1:
             arguments += ["--direct_running_mode=multi_processing", f"--direct_num_workers={workers}"]
-    if _runner_of(PipelineOptions(arguments)) == "FlinkRunner":
+    if runner_of(PipelineOptions(arguments)) == "FlinkRunner":
         arguments += [added for added in FLINK_DEFAULTS if not _says(arguments, added)]
     if unknown := unknown_options(arguments):
         raise BadRequest(f"{unknown[0]}: not an option of Beam; Shardmill's own come before `--`")
@@ -84,7 +84,7 @@ def beam_options(beam_args: Sequence[str], workers: int) -> PipelineOptions:
 def unknown_options(arguments: Sequence[str]) -> list[str]:
     """Those that Beam does not know."""
     parser = _BeamArgumentParser(allow_abbrev=False)
-    if _runner_of(PipelineOptions(arguments)) == "FlinkRunner":
+    if runner_of(PipelineOptions(arguments)) == "FlinkRunner":
         for name in FLINK_OPTIONS.split():
             parser.add_argument(f"--{name}", nargs="?")  # a flag or a value: the job server reads it
     for group in PipelineOptions.__subclasses__():
@@ -101,13 +101,14 @@ def _says(arguments: Sequence[str], added: str) -> bool:
     return any(argument.split("=")[0] == name for argument in arguments)
 
 
-def _runner_of(options: PipelineOptions) -> str:
+def runner_of(options: PipelineOptions) -> str:
+    """The runner's own name, without its module."""
     return str(options.view_as(StandardOptions).runner).rsplit(".", 1)[-1]
 
 
 def is_local(options: PipelineOptions) -> bool:
     """Whether the job runs on this machine, so that its progress can be followed through files."""
-    runner, environment = _runner_of(options), options.view_as(PortableOptions).environment_type
+    runner, environment = runner_of(options), options.view_as(PortableOptions).environment_type
     if runner == "PrismRunner":
         return environment in (None, "LOOPBACK")
     return runner in LOCAL_RUNNERS or environment == "LOOPBACK"
@@ -138,9 +139,9 @@ class _FusingFlinkRunner(FlinkRunner):
 
 def _runner(options: PipelineOptions, one_gpu_each: bool) -> PipelineRunner | None:
     """Our own form of a runner: FnApiRunner's worker processes fill the screen and take all cores each. None: as Beam has it."""
-    if _runner_of(options) == "FlinkRunner":
+    if runner_of(options) == "FlinkRunner":
         return _FusingFlinkRunner()
-    if _runner_of(options) != "FnApiRunner" or processes(options) == 1:
+    if runner_of(options) != "FnApiRunner" or processes(options) == 1:
         return None
     options.view_as(DirectOptions).direct_num_workers = processes(options)
     options.view_as(DirectOptions).direct_running_mode = "in_memory"  # else it starts Beam's own
@@ -214,7 +215,7 @@ def run_pipeline(
 def _flink_master(options: PipelineOptions) -> str:
     """Where Flink's REST API is, for FlinkRunner on a cluster that is named; else empty."""
     master = str(options.view_as(FlinkRunnerOptions).flink_master)
-    named = _runner_of(options) == "FlinkRunner" and not master.startswith("[")
+    named = runner_of(options) == "FlinkRunner" and not master.startswith("[")
     return str(FlinkRunner.add_http_scheme(master)) if named else ""
 
 
@@ -232,8 +233,8 @@ def _cancel(job: PipelineResult, flink_master: str) -> None:
 
 def _as_ended(kind: str, message: str) -> ShardmillError:
     """What a run ended with, from the name and the words of what a stage raised."""
-    ended = AbortedByLimit if kind == AbortedByLimit.__name__ else RunFailed
-    return ended(message.split(" [while running")[0])
+    own = {ended.__name__: ended for ended in (AbortedByLimit, CommitConflict)}
+    return own.get(kind, RunFailed)(message.split(" [while running")[0])
 
 
 def end_now(clean_up: Callable[[], None] = lambda: None) -> NoReturn:

@@ -10,18 +10,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import StandardOptions
+from apache_beam.runners.runner import PipelineResult
 from apache_beam.transforms.periodicsequence import PeriodicImpulse
 from rich.console import Console
 
 from beam_pipelines.curate_images import fixed_images
 from beam_pipelines.dataflow import names_dataflow
 from beam_pipelines.elsewhere import hint_accelerator
-from beam_pipelines.launch import Submission, end_now, is_local, run_pipeline
+from beam_pipelines.launch import LOCAL_RUNNERS, Submission, end_now, run_pipeline, runner_of
 from beam_pipelines.options import CurateOptions, StreamOptions, flag
 from beam_pipelines.prepare import Job, Prepared, duplicate_rules, filter_rule, prepare
 from beam_pipelines.request import keep_request
@@ -29,7 +30,7 @@ from beam_pipelines.windows import WriteWindows, Writing
 from embeddings.encoder import Encoder
 from embeddings.stream import StreamRule
 from images.fetch import decoders_of
-from shards.errors import BadRequest
+from shards.errors import BadRequest, CommitConflict, RunFailed
 from shards.ids import digest, shard_of
 from shards.ledger import note_url_epoch
 from shards.records import SourceImage
@@ -142,7 +143,7 @@ def prepare_stream(options: StreamOptions, beam_args: Sequence[str]) -> tuple[Pr
             StreamRule(rule, horizon_ms, options.horizon_images),
             lateness_ms,
             job.search.encoder,
-            job.search.cells,
+            tuple(job.search.cells),
         ),
         Writing(
             job.to,
@@ -182,7 +183,7 @@ class Looks:
         """Whether anything new was there."""
         prepared, streaming = prepare_stream(self._options, self._beam_args)
         job = prepared.job
-        decided = decided_keys(job.to, job.facts.base)
+        decided = decided_keys(job.to.out, job.facts.base)
         arrivals = {
             key: arrival
             for key, arrival in keyed(list_arrivals(job.sources, int(time.time() * 1000)), job.reach)
@@ -190,7 +191,6 @@ class Looks:
         }
         if not arrivals:
             return False
-        self._tried |= arrivals.keys()
 
         def construct(pipeline: beam.Pipeline) -> None:
             ended = streaming._replace(max_wait_s=0.0)
@@ -201,6 +201,7 @@ class Looks:
             run_pipeline(construct, prepared.pipeline_options, discard)
         finally:
             discard()
+        self._tried |= arrivals.keys()
         self._tell(job, len(arrivals))
         return True
 
@@ -235,7 +236,7 @@ def stream(options: StreamOptions, beam_args: Sequence[str] = (), console: Conso
         except OSError as error:
             raise BadRequest(f"--output {options.output}: cannot be written ({error.strerror})") from error
         _begin(options, beam_args, job)
-        if not is_local(prepared.pipeline_options):
+        if runner_of(prepared.pipeline_options) not in LOCAL_RUNNERS and not options.once:
             run_pipeline(constructing(options, prepared, streaming), prepared.pipeline_options, lambda: None)
         else:
             with ThreadPoolExecutor(1) as aside, _stopped_by_signals() as stop:
@@ -303,7 +304,10 @@ def _run_here(
         _listen(options, prepared, streaming, stop)
     while not options.subscription and not stop.wait(options.poll_every):
         looks.look()
-    looks.look()
+    try:
+        looks.look()
+    except CommitConflict:  # a bundle that was on its way committed first
+        looks.look()
 
 
 def _listen(options: StreamOptions, prepared: Prepared, streaming: Streaming, stop: threading.Event) -> None:
@@ -314,9 +318,22 @@ def _listen(options: StreamOptions, prepared: Prepared, streaming: Streaming, st
     # This runner sets every step up anew for each bundle: decoders are started once, by whoever borrows them first.
     with decoders_of(prepared.job.reach):
         result = pipeline.run()
+        failed: Future[Any] = Future()
+        threading.Thread(target=_watch, args=(result, failed, stop), daemon=True).start()
         stop.wait()
         result.cancel()
     prepared.job.to.storage.discard(prepared.job.to.token)
+    if failed.done():
+        raise RunFailed(str(failed.exception())) from failed.exception()
+
+
+def _watch(result: PipelineResult, failed: Future[Any], stop: threading.Event) -> None:
+    """Tell what ends a job that has no end."""
+    try:
+        result.wait_until_finish()
+    except Exception as error:  # noqa: BLE001  (whatever a stage raised)
+        failed.set_exception(error)
+        stop.set()
 
 
 @contextlib.contextmanager

@@ -55,7 +55,9 @@ def _remember_functions() -> None:
 
     def of_dofn(dofn: Any) -> object:
         wrapped = getattr(dofn, "_fn", None)  # of a wrapped function, its own arguments count
-        return type(dofn), _same_reading(getattr(wrapped, "_argspec_fn", wrapped))
+        # A class of a function's own is unpickled as itself, with other methods.
+        own = vars(type(dofn)).get("process")
+        return type(dofn), own, _same_reading(getattr(wrapped, "_argspec_fn", wrapped))
 
     userstate.get_dofn_specs = _once(userstate.get_dofn_specs, of_dofn)
 

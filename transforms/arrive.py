@@ -1,5 +1,6 @@
 """Arrive: notices of objects, or listings of folders -> references that have not arrived before, each in the window of its arrival."""
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from shards.ids import digest
 from shards.ledger import Ledger, RefRow, ref_key
 from shards.records import MediaRef, Origin, SourceImage
 from shards.snapshot import Destination, open_by_id
+from shards.storage import storage_of
 from transforms.fates import DEAD, DECISIONS, Outcome, died
 from transforms.filesystems import AllFiles, fetcher_of
 
@@ -78,21 +80,23 @@ def list_arrivals(sources: Sequence[Source], now_ms: int) -> Iterator[Arrival]:
                 yield Arrival(SourceImage(origin_of(source, found), MediaRef(found, 0, -1)), now_ms)
 
 
-def decided_keys(to: Destination, snapshot_id: str) -> npt.NDArray[np.void]:
+@functools.lru_cache(1)  # a runner may set a step up anew for each bundle
+def decided_keys(out: str, snapshot_id: str) -> npt.NDArray[np.void]:
     """Sorted keys, V32, of the references as they stood when their fate was decided in a snapshot or what it builds on.
 
     32 bytes each. What could not be fetched has no key, so it is tried again.
     """
     if not snapshot_id:
         return np.empty(0, "V32")
-    snapshot = open_by_id(to.storage, snapshot_id)
+    storage = storage_of(out)
+    snapshot = open_by_id(storage, snapshot_id)
     ids = {
         image_id
         for table in snapshot.batches("decisions", ["unit", "id"])
         for unit, image_id in zip(*(table.column(name).to_pylist() for name in ("unit", "id")), strict=True)
         if unit == "image" and image_id
     }
-    keys = b"".join(row.key for row in Ledger(to.storage, RefRow).rows() if row.image_id.hex() in ids)
+    keys = b"".join(row.key for row in Ledger(storage, RefRow).rows() if row.image_id.hex() in ids)
     return np.sort(np.frombuffer(keys, "S32")).view("V32")
 
 
@@ -157,7 +161,7 @@ class _Undecided(beam.DoFn):
         self._to, self._base, self._reach = to, base, reach
 
     def setup(self) -> None:
-        self._decided = decided_keys(self._to, self._base)
+        self._decided = decided_keys(self._to.out, self._base)
 
     def process(self, arrival: Arrival) -> Iterator[tuple[bytes, Arrival]]:
         for key, one in keyed([arrival], self._reach):

@@ -1,5 +1,6 @@
 """Hold back: images as they arrive -> what each cell says of each of them (embeddings/stream.py), window by window."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -47,7 +48,7 @@ class Meeting(NamedTuple):
     rule: StreamRule
     lateness_ms: int
     encoder: str
-    cells: Sequence[Segment] = ()
+    cells: tuple[Segment, ...] = ()
 
 
 class Visit(NamedTuple):
@@ -77,8 +78,9 @@ def window_end_ms(window: Any) -> int:
     return int(window.end.micros // 1000)
 
 
-def frozen_cells(meeting: Meeting) -> Cells | None:
-    """The cells that earlier runs were searched by, those of the most images; None where there are none."""
+@functools.lru_cache(1)  # a runner may set a step up anew for each bundle
+def router_of(meeting: Meeting) -> Router | None:
+    """To the cells that earlier runs were searched by, those of the most images; None where there are none."""
     key = digest(["cells", meeting.encoder])
     fitted = [
         row
@@ -90,7 +92,9 @@ def frozen_cells(meeting: Meeting) -> Cells | None:
         return None
     row = max(fitted)
     centroids = np.frombuffer(row.centroids, "<f4").reshape(row.num_cells, -1)
-    return Cells(centroids, np.ones(row.num_cells, np.int64))
+    return Router(
+        Cells(centroids, np.ones(row.num_cells, np.int64)), meeting.rule.duplicates.thresholds.cosine
+    )
 
 
 class _Route(beam.DoFn):
@@ -100,10 +104,8 @@ class _Route(beam.DoFn):
         self._meeting, self._are_fixed = meeting, are_fixed
 
     def setup(self) -> None:
-        cells = frozen_cells(self._meeting)
-        thresholds = self._meeting.rule.duplicates.thresholds
-        self._bits = thresholds.phash_bits
-        self._router = Router(cells, thresholds.cosine) if cells is not None else None
+        self._router = router_of(self._meeting)
+        self._bits = self._meeting.rule.duplicates.thresholds.phash_bits
 
     def process(
         self, image: EmbeddedImage, window: Any = beam.DoFn.WindowParam

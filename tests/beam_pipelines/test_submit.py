@@ -328,3 +328,25 @@ def test_what_the_launcher_loads_describes_the_worker() -> None:
     assert here == EncoderSpec(device="cpu", batch_size=128, threads=1)
     loaded = load_encoder(here)
     assert (loaded.batch_size, loaded.images_at_once) == (128, 128)
+
+
+def test_the_streaming_job_is_submitted(gcs, dataflow, write_config, photos, capfd) -> None:
+    config = write_config({"job_name": "mill-photos", "max_num_workers": 4})
+    out = f"gs://{gcs.bucket}/out"
+    subscription = "projects/test-proj/subscriptions/objects"
+    flags = ["--input", photos, "--output", out, "--subscription", subscription, "--horizon", "3600"]
+    assert run(["submit", "stream", "--config", config, *flags]) == 0
+    shown, errors = capfd.readouterr()
+    assert "shardmill submit drain 2026-01-01_job-0 --project test-proj" in shown
+    assert "python -m beam_pipelines.stream_images" in errors
+    (job,) = dataflow.bodies("POST", "/jobs")
+    assert job["type"] == 2 and job["name"] == "mill-photos"  # JOB_TYPE_STREAMING
+    graph, _ = staged(gcs)
+    steps = {step.unique_name: step for step in graph.components.transforms.values()}
+    assert {"HoldBack/HoldBack", "WriteWindows/CommitWindow"} <= steps.keys()
+    read = next(step for name, step in steps.items() if step.spec.urn == "beam:transform:pubsub_read:v1")
+    assert protos.PubSubReadPayload.FromString(read.spec.payload).subscription == subscription
+    # What `compact` asks for is the main job.
+    kept = json.loads(storage_of(out).read("request.json"))
+    assert kept["options"] == {"input": [photos], "output": out}
+    assert not [argument for argument in kept["beam"] if "streaming" in argument]

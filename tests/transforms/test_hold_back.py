@@ -122,7 +122,7 @@ def test_windows_in_any_split_answer_as_one_batch(
         vectors = np.array([np.frombuffer(image.embedding, "<f2") for _, image in made[:5]], "<f4")
         ledger = Ledger(storage_of(str(tmp_path)), CellsRow)
         ledger.put([CellsRow(digest(["cells", "an encoder"]), 90, 5, vectors.tobytes())], "t")
-        meeting = meeting._replace(cells=ledger.segments())
+        meeting = meeting._replace(cells=tuple(ledger.segments()))
     wanted = expected(arrive, kept)
     assert 10 < sum(one is not None for one in wanted.values()) < 80
     assert any(one and one.earlier_time_ms > 0 for one in wanted.values())
