@@ -22,7 +22,7 @@ from tests.hostile_vlm import several
 
 KEY = "canary-91c2e7"
 LOCAL = beam_options([], 1)
-ELSEWHERE = beam_options(["--runner=PrismRunner"], 1)
+ELSEWHERE = beam_options(["--runner=FlinkRunner", "--environment_type=EXTERNAL"], 1)
 
 
 def options(**more: object) -> CurateOptions:
