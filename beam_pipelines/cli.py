@@ -50,6 +50,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
+_TAKE_BEAM_OPTIONS = ("curate", "stream", "submit", "fit-planner")
 _beam_args: list[str] = []
 """What stood after `--`, split off before the command line is parsed."""
 
@@ -753,10 +754,9 @@ def run(argv: Sequence[str]) -> int:
         split = command_line.index("--")
         _beam_args[:] = command_line[split + 1 :]
         command_line = command_line[:split]
-        if command_line[:1] not in (["curate"], ["fit-planner"], ["submit"]):
-            return _fail(
-                "shardmill", "only curate, submit and fit-planner take Beam's options after `--`", BAD_REQUEST
-            )
+        if not command_line or command_line[0] not in _TAKE_BEAM_OPTIONS:
+            takers = ", ".join(_TAKE_BEAM_OPTIONS)
+            return _fail("shardmill", f"only {takers} take Beam's options after `--`", BAD_REQUEST)
     else:
         _beam_args.clear()
     name = f"shardmill {command_line[0]}"

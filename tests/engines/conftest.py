@@ -1,6 +1,7 @@
 """The batch job as a process of its own, on this machine and on engines that run elsewhere."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,8 +11,10 @@ from typing import NamedTuple
 
 import pytest
 
+from beam_pipelines.cli import run
 from beam_pipelines.planting import plant
 from shards.snapshot import Snapshot, open_snapshot
+from shards.verify import verify_snapshot
 from tests.conftest import IMAGES
 from tests.engines.__main__ import BUILD
 from tests.engines.flink_cluster import REPOSITORY, FlinkCluster
@@ -63,6 +66,68 @@ def wait_for(what: str, happened: object, timeout_s: float = 300) -> None:
     while not happened():
         assert time.monotonic() < deadline, f"{what}: not in {timeout_s:.0f} s"
         time.sleep(0.05)
+
+
+class Stream:
+    """`shardmill stream` over a folder that grows, listed every few seconds, as a process of its own."""
+
+    def __init__(self, folder: Path, beam_args: Sequence[str]) -> None:
+        self.photos, self.out = folder / "photos", folder / "out"
+        self.photos.mkdir()
+        self._command = [
+            sys.executable,
+            "-m",
+            "beam_pipelines.stream_images",
+            "--input",
+            f"photos={self.photos}",
+        ]
+        self._command += ["--output", str(self.out)]
+        self._beam_args = beam_args
+
+    def arrive(self, images: Sequence[Path]) -> None:
+        for path in images:
+            whole = self.photos / f".{path.name}"  # hidden until it is there as a whole
+            whole.write_bytes(path.read_bytes())
+            whole.rename(self.photos / path.name)
+
+    def start(self) -> None:
+        often = ["--poll-every", "3", "--window", "4", "--lateness", "2"]
+        self._run = subprocess.Popen(
+            [*self._command, *often, "--", *self._beam_args],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=REPOSITORY,
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        )
+
+    def names(self) -> list[str]:
+        """Of the images whose fate is decided, one for each decision row."""
+        if not (self.out / "CURRENT").exists():
+            return []
+        table = open_snapshot(str(self.out)).table("decisions").to_pylist()
+        return sorted(row["name"] for row in table if row["unit"] == "image")
+
+    def wait_until_decided(self) -> None:
+        wanted = {path.name for path in self.photos.iterdir()}
+        wait_for(
+            "the last window",
+            lambda: wanted <= set(self.names()) or self._run.poll() is not None,
+        )
+        assert self._run.poll() is None, "it ended"
+
+    def stop(self) -> None:
+        self._run.send_signal(signal.SIGINT)
+        assert self._run.wait(60) == 130
+
+    def check(self) -> None:
+        """Nothing is lost or doubled, and folded windows are what one run gives."""
+        assert self.names() == sorted(path.name for path in self.photos.iterdir())
+        assert not list(verify_snapshot(open_snapshot(str(self.out))))
+        once = self.out.parent / "once"
+        assert run(["compact", str(self.out)]) == 0
+        assert run(["curate", "--input", f"photos={self.photos}", "--output", str(once)]) == 0
+        folded, whole = open_snapshot(str(self.out)), open_snapshot(str(once))
+        assert folded.id == whole.id and folded.manifest.media == whole.manifest.media
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from shards.snapshot import Snapshot
 from shards.verify import verify_snapshot
-from tests.engines.conftest import Batch, same
+from tests.conftest import IMAGES
+from tests.engines.conftest import Batch, Stream, same
 
 
 def test_the_batch_job_gives_the_bytes_of_a_local_run(
@@ -14,3 +15,15 @@ def test_the_batch_job_gives_the_bytes_of_a_local_run(
     assert local.manifest.funnels["image"].duplicate > 20
     assert same(snapshot, local)
     assert not list(verify_snapshot(snapshot))
+
+
+def test_the_streaming_job_loses_and_doubles_nothing(prism: list[str], tmp_path: Path) -> None:
+    images = sorted(IMAGES.iterdir())
+    stream = Stream(tmp_path, prism)
+    stream.arrive(images[:12])
+    stream.start()
+    stream.wait_until_decided()
+    stream.arrive(images[12:20])
+    stream.wait_until_decided()
+    stream.stop()
+    stream.check()
