@@ -70,8 +70,8 @@ NOT_IN_WINDOWS = (
 class Streaming(NamedTuple):
     """What the streaming job knows beside the main job's facts.
 
-    References are batched in `spread` places side by side; few, as every forward costs that of a whole batch. `max_wait_s` bounds how
-    long a batch fills; 0 in a run that ends.
+    Notices come one by one: their references are batched in `spread` places side by side, few, as every forward costs that of a whole
+    batch, and for `max_wait_s` at most. Listings come in bundles, which are batches enough: 0.
     """
 
     windows: Windows
@@ -86,18 +86,19 @@ def build(
 ) -> beam.PCollection[str]:
     """The graph of the streaming job. Gives the ids of the children that it commits."""
     first = arrivals | "FirstArrivals" >> FirstArrivals(job.to, job.facts.base, job.reach, streaming.windows)
-    waits = {"max_buffering_duration_secs": streaming.max_wait_s} if streaming.max_wait_s else {}
-    batches = (
-        first.main
-        | "Spread"
-        >> beam.Map(
-            lambda image: (shard_of(digest(list(image.origin)), streaming.spread), image)
-        ).with_output_types(tuple[int, SourceImage])
-        | "Together" >> beam.GroupIntoBatches(_AT_ONCE, **waits)
-        | "References" >> beam.FlatMap(lambda keyed: keyed[1])
-    )
+    references = first.main
+    if streaming.max_wait_s:
+        references = (
+            references
+            | "Spread"
+            >> beam.Map(
+                lambda image: (shard_of(digest(list(image.origin)), streaming.spread), image)
+            ).with_output_types(tuple[int, SourceImage])
+            | "Together" >> beam.GroupIntoBatches(_AT_ONCE, max_buffering_duration_secs=streaming.max_wait_s)
+            | "References" >> beam.FlatMap(lambda keyed: keyed[1]).with_output_types(SourceImage)
+        )
     reading = Reading(job.reach, model.geometry, model.images_at_once, job.options.decode)
-    looked_at = batches | "EmbedImages" >> EmbedImages(job.encoder, job.memory.encoder, reading, job.to)
+    looked_at = references | "EmbedImages" >> EmbedImages(job.encoder, job.memory.encoder, reading, job.to)
     meets_rule, filtered = looked_at.main | "FilterImages" >> FilterImages(filter_rule(job.options))
     kept = arrivals.pipeline | "SnapshotIds" >> ReadKept(job.against)
     answers = {
@@ -158,7 +159,7 @@ def prepare_stream(options: StreamOptions, beam_args: Sequence[str]) -> tuple[Pr
             horizon_ms,
         ),
         options.workers,
-        max(0.5, min(options.window / 4, options.lateness / 2)),
+        max(0.5, min(options.window / 4, options.lateness / 2)) if options.subscription else 0.0,
     )
     return prepared._replace(job=job), streaming
 
@@ -193,8 +194,8 @@ class Looks:
             return False
 
         def construct(pipeline: beam.Pipeline) -> None:
-            ended = streaming._replace(max_wait_s=0.0)
-            build(pipeline | "Arrivals" >> beam.Create(list(arrivals.values())), job, prepared.model, ended)
+            listed = pipeline | "Arrivals" >> beam.Create(list(arrivals.values()))
+            build(listed, job, prepared.model, streaming._replace(max_wait_s=0.0))
 
         discard = functools.partial(job.to.storage.discard, job.to.token)
         try:

@@ -105,9 +105,12 @@ class _Filter(beam.DoFn):
 
     def process(self, image: EmbeddedImage) -> Iterator[Any]:
         origin = image.source_image.origin
-        failed = missed_limit(image.facts, self._rule)
+        facts = ImageFacts(
+            *image.facts
+        )  # a record within another comes from Beam's coder without its properties
+        failed = missed_limit(facts, self._rule)
         if failed is None and self._expressions:
-            failed = failed_expression(columns_of(image.facts, origin), self._expressions)
+            failed = failed_expression(columns_of(facts, origin), self._expressions)
         if failed is None:
             yield image
             return
