@@ -6,8 +6,7 @@ from pathlib import Path
 from beam_pipelines.launch import beam_options, run_pipeline
 from shards.snapshot import Snapshot
 from shards.verify import verify_snapshot
-from tests.conftest import IMAGES
-from tests.engines.conftest import Batch, Stream, same, wait_for
+from tests.engines.conftest import Batch, same, wait_for
 from tests.engines.flink_cluster import FlinkCluster
 from tests.engines.small_stream import build
 
@@ -50,23 +49,6 @@ def test_a_streaming_graph_is_taken_and_loses_and_doubles_nothing(
     found = {path.name: sorted(map(int, path.read_text().split())) for path in tmp_path.iterdir()}
     # Each number thrice together and once more, in windows of 0 to 4 and 5 to 9.
     assert found == {"0": [8, 8], "1": [4, 8], "2": [4, 8]}
-
-
-def test_the_streaming_job_loses_and_doubles_nothing_when_a_task_manager_is_killed(
-    flink: FlinkCluster, tmp_path: Path
-) -> None:
-    images = sorted(IMAGES.iterdir())
-    stream = Stream(tmp_path, [*flink.beam_args, "--checkpointing_interval=2000"])
-    stream.arrive(images[:12])
-    stream.start()
-    stream.wait_until_decided()
-    flink.kill("taskmanager1")
-    flink.start_task_manager()
-    stream.arrive(images[12:20])
-    stream.wait_until_decided()
-    assert flink.restarts() > 0
-    stream.stop()
-    stream.check()
 
 
 def test_who_interrupts_the_launcher_cancels_the_job(
