@@ -36,8 +36,8 @@ test: setup  ## lint, types and tests
 	@$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-proof: setup  ## the full counts of tests/proof, of which `make test` runs a part; half an hour on two cores
-	SHARDMILL_PROOF=full $(BIN)/python -m pytest -n 2 tests/proof
+proof: setup  ## the tests whose full counts take too long for `make test`, which runs a part of each; an hour on two cores
+	SHARDMILL_PROOF=full $(BIN)/python -m pytest -n 2 --dist worksteal -m proof
 
 # An environment of its own, without torch and Beam: TensorFlow is no dependency, only what our bytes are compared with.
 $(TF_VENV)/.installed: tests/tensorflow/requirements.txt constraints.txt
@@ -57,7 +57,7 @@ test-tf: $(TF_VENV)/.installed  ## compare our TFRecord files and Examples with 
 golden-tf: $(TF_VENV)/.installed  ## rewrite tests/tensorflow/golden.json from TensorFlow's own output
 	TF_CPP_MIN_LOG_LEVEL=3 $(TF_VENV)/bin/python tests/tensorflow/make_golden.py
 
-test-engines: test-prism test-flink  ## the batch job on engines that run elsewhere: the same bytes
+test-engines: test-prism test-flink  ## both jobs on engines that run elsewhere: the same bytes, nothing lost or doubled; ten minutes of CPU time
 
 test-flink: setup  ## on a Flink cluster of several processes, one of which is killed; needs Java and Maven, fetches 170 MB once
 	$(BIN)/python -m tests.engines flink
@@ -65,9 +65,13 @@ test-flink: setup  ## on a Flink cluster of several processes, one of which is k
 test-prism: setup  ## on Prism, Beam's runner in Go, built from source; needs Go
 	$(BIN)/python -m tests.engines prism
 
+# The pages that docs/make.py writes are as it writes them.
+PAGES := $(filter-out docs/options.md docs/codes.md,$(wildcard *.md docs/*.md))
+
 check: setup  ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mdformat --check $(PAGES)
 	$(BIN)/mypy $(CODE)
 
 bench: setup  ## the measures of docs/benchmarks.md
@@ -98,8 +102,9 @@ bench-duplicates: $(BENCH_VENV)/.installed  ## copies found and look-alikes kept
 	$(BENCH_VENV)/bin/python -m benchmarks.duplicates --plot docs/duplicates.png
 	$(BENCH_VENV)/bin/python -m benchmarks.copies
 
-bench-synthesis: setup  ## calls to a slow server on loopback: the limit kept busy, CPU a call; looking up a million answers
+bench-synthesis: setup  ## calls to a slow server on loopback: the limit kept busy, CPU a call; looking up a million answers; what a run pays
 	$(BIN)/python -m benchmarks.synthesis
+	$(BIN)/python -m benchmarks.paid
 
 docs: setup  ## rewrite the parts of docs/ that are made from code
 	$(BIN)/python docs/make.py

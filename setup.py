@@ -11,6 +11,8 @@ PACKAGES = [
     "synthesis",
     "transforms",
     "beam_pipelines",
+    "beam_pipelines.cloud",
+    "beam_pipelines.pages",
     "training",
 ]
 
@@ -77,6 +79,8 @@ EXTRAS["dev"] = [
     "flask-cors>=5",
     "mlcroissant>=1.0",
     "moto[s3]>=5.1,<6",
+    "mdformat>=1.0",
+    "mdformat-gfm>=1.0",
     "mypy>=1.11",
     "pandas-stubs",
     "pre-commit>=3",
@@ -102,7 +106,7 @@ setup(
     package_data={
         "embeddings": ["centring/*.npy"],
         "synthesis": ["data/*.yaml", "data/prompts/*/*.j2"],
-        "beam_pipelines": ["page.css", "report.html.j2", "sweep.html.j2"],
+        "beam_pipelines.pages": ["page.css", "report.html.j2", "sweep.html.j2"],
     },
     install_requires=REQUIRES,
     extras_require=EXTRAS,

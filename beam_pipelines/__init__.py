@@ -1,1 +1,1 @@
-"""Jobs: options, pipelines, the command line, the report."""
+"""Jobs: options, pipelines, the command line."""

@@ -16,8 +16,8 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import Progress
 
-from beam_pipelines.cli_cloud import add_commands
-from beam_pipelines.dataflow import names_dataflow
+from beam_pipelines.cloud.commands import add_commands
+from beam_pipelines.cloud.dataflow import names_dataflow
 from beam_pipelines.options import (
     CurateOptions,
     SourceOptions,
@@ -195,7 +195,7 @@ def stream(values: dict[str, Any]) -> None:
     """
     options = parse_as(StreamOptions, values, values.pop("config", ""))
     if names_dataflow(_beam_args):
-        from beam_pipelines.submit import submit
+        from beam_pipelines.cloud.submit import submit
 
         submit("stream", options, _beam_args, Console())
         return
@@ -211,7 +211,7 @@ def stream(values: dict[str, Any]) -> None:
 
 def _curate(options: CurateOptions, beam_args: Sequence[str]) -> None:
     if names_dataflow(beam_args):
-        from beam_pipelines.submit import submit
+        from beam_pipelines.cloud.submit import submit
 
         submit("curate", options, beam_args, Console())
         return
@@ -255,7 +255,7 @@ def report(
 
     shardmill report shards/
     """
-    from beam_pipelines.report import write_report
+    from beam_pipelines.pages.report import write_report
 
     written = write_report(path, output)
     _say(f"report: {written}")
@@ -418,8 +418,17 @@ def sweep(
 
     shardmill sweep shards/ --structure 0.10 --apply
     """
-    from beam_pipelines.sweep import COSINE, PHASH, STRUCTURE, ranges_of, run_sweep, single_values, sweep_text
-    from beam_pipelines.sweep_page import write_page
+    from beam_pipelines.pages.sweep import write_page
+    from beam_pipelines.sweep import (
+        COSINE,
+        PHASH,
+        STRUCTURE,
+        ranges_of,
+        run_sweep,
+        single_values,
+        sweep_text,
+        telling_of,
+    )
     from shards.snapshot import open_snapshot, split_at
 
     snapshot = open_snapshot(path)
@@ -431,7 +440,8 @@ def sweep(
             raise BadRequest(f"--apply {path}: runs a folder's last request again; give {split_at(path)[0]}")
         _run_again(path, single_values(given, snapshot) | {"dry_run": dry_run})
         return
-    swept = run_sweep(snapshot, ranges_of(given, snapshot), _progress)
+    telling = telling_of(snapshot)
+    swept = run_sweep(snapshot, telling, ranges_of(given, telling), _progress)
     written = write_page(snapshot, swept, output)
     _say(sweep_text(swept))
     _say(f"page: {written}")
@@ -750,6 +760,8 @@ def run(argv: Sequence[str]) -> int:
     command_line = list(argv) or ["--help"]
     # Beam says at import what it lacks for a cloud that nobody asked for.
     logging.getLogger().setLevel(logging.ERROR)
+    if os.environ.get("SHARDMILL_DEBUG"):
+        logging.getLogger("shardmill").setLevel(logging.WARNING)
     if "--" in command_line:
         split = command_line.index("--")
         _beam_args[:] = command_line[split + 1 :]

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from beam_pipelines.wording import one_line
+
 FATE_MEANINGS: Mapping[str, str] = {
     "kept": "It is in the shards.",
     "duplicate": "Another image or sample stands for it, the one in `other_id`.",
@@ -39,6 +41,7 @@ _DEAD_IMAGES: Mapping[str, str] = {
     "http_unreachable": "The host has no address, took no connection, or has no valid certificate.",
     "too_many_redirects": "The url leads on to another too many times.",
     "hash_mismatch": "Its bytes are not those whose SHA-256 the source gives.",
+    "not_looked_at": "A --tagger whose tags --drop-tag names failed at it, so nobody knows whether it bears one.",
 }
 
 _FILTERED_IMAGES: Mapping[str, str] = {
@@ -51,6 +54,7 @@ _FILTERED_IMAGES: Mapping[str, str] = {
     "blurred": "Its sharpness is below --min-sharpness.",
     "filter_expression": "A --filter is not true of it.",
     "filter_error": "A --filter cannot be computed for it, as where it divides by zero.",
+    "unwanted_tag": "It bears a tag of --drop-tag, with at least the score from which on that is not wanted.",
     "benchmark_bytes": "It has the same bytes as an image of a benchmark.",
     "benchmark_cosine": "Its embedding is close to that of a benchmark's image, at or above --decontaminate-cosine; not verified as a copy.",
     "benchmark_cosine_verified": "Its embedding is close to that of a benchmark's image, and it is verified as a copy.",
@@ -58,20 +62,42 @@ _FILTERED_IMAGES: Mapping[str, str] = {
     "benchmark_phash_verified": "Its 64-bit perceptual hash is close to that of a benchmark's image, and it is verified as a copy.",
 }
 
-_BAD_PARQUET: Mapping[str, str] = {
-    "bad_parquet": "The file is no Parquet, or its footer is cut or damaged.",
-    "bad_row_group": "The bytes of a row group are damaged; what of it had been read and the other row groups are there.",
-    "bad_schema": "The Parquet file has no column of images, urls or conversations, or not the one asked for.",
-}
-
-CODES: Mapping[str, str] = {
-    "kept": "It is in the shards.",
+_BAD_RECORDS: Mapping[str, str] = {
     "bad_json": "The line, the field, or the whole file, is not JSON.",
     "bad_record": "The record can be read and is no sample: a field is missing, too large or of another type, or an image lies outside the image root.",
     "corrupt_record": "A checksum of the record, or of a header in its archive, does not fit: these are not the bytes that were written.",
     "truncated_archive": "The file ends, or can be followed no further, before its records do; those before were read.",
     "bad_compression": "The file is compressed, and its bytes cannot be decompressed to the end.",
-    **_BAD_PARQUET,
+    "bad_parquet": "The file is no Parquet, or its footer is cut or damaged.",
+    "bad_row_group": "The bytes of a row group are damaged; what of it had been read and the other row groups are there.",
+    "bad_schema": "The Parquet file has no column of images, urls or conversations, or not the one asked for.",
+}
+
+_FAILED_CALLS: Mapping[str, str] = {
+    "vlm_timeout": "The model gave no answer in time, each time it was asked.",
+    "vlm_unreachable": "The connection to the model failed, each time it was tried.",
+    "vlm_rate_limited": "The server said that it was asked too often, each time.",
+    "vlm_server_error": "The server failed at the request, each time.",
+    "vlm_refused": "The server refused the request; asking again would not help.",
+    "vlm_bad_response": "What the server sent is no chat completion.",
+    "vlm_out_of_memory": "The model in this process had no room for the request, alone.",
+    "vlm_empty": "The model answered with nothing.",
+    "vlm_bad_json": "The answer is not JSON of the form that was asked for, nor was the one after it, for which the model was told what is wrong.",
+    "vlm_over_budget": "It was not asked: the run had used up its tokens, its money or its time. A run with more goes on here.",
+    "vlm_unanswered": "The ledger holds another answer to an earlier call than the one that its chain went on from; a later run goes on from that.",
+}
+
+_NO_LOSS: Mapping[str, str] = {
+    "loss_bad_images": "Its conversation names another number of images than it has, so that no loss can be had.",
+    "loss_bad_turns": "The chat template of --loss-model does not take its turns.",
+    "loss_too_long": "It has more tokens than --loss-model can take.",
+    "loss_failed": "The model of --loss-model fails at it, alone, and not at others.",
+    "loss_not_finite": "The model of --loss-model gives it a loss that is no number.",
+}
+
+CODES: Mapping[str, str] = {
+    "kept": "It is in the shards.",
+    **_BAD_RECORDS,
     **_DEAD_IMAGES,
     **_FILTERED_IMAGES,
     "same_bytes": "Another reference leads to the same bytes.",
@@ -93,17 +119,7 @@ CODES: Mapping[str, str] = {
         f"image_{code}": f"One of its images is filtered. {meaning}"
         for code, meaning in _FILTERED_IMAGES.items()
     },
-    "vlm_timeout": "The model gave no answer in time, each time it was asked.",
-    "vlm_unreachable": "The connection to the model failed, each time it was tried.",
-    "vlm_rate_limited": "The server said that it was asked too often, each time.",
-    "vlm_server_error": "The server failed at the request, each time.",
-    "vlm_refused": "The server refused the request; asking again would not help.",
-    "vlm_bad_response": "What the server sent is no chat completion.",
-    "vlm_out_of_memory": "The model in this process had no room for the request, alone.",
-    "vlm_empty": "The model answered with nothing.",
-    "vlm_bad_json": "The answer is not JSON of the form that was asked for, nor was the one after it, for which the model was told what is wrong.",
-    "vlm_over_budget": "It was not asked: the run had used up its tokens, its money or its time. A run with more goes on here.",
-    "vlm_unanswered": "The ledger holds another answer to an earlier call than the one that its chain went on from; a later run goes on from that.",
+    **_FAILED_CALLS,
     "vlm_no_evidence": "The model sees no images, and there was neither a tag nor a caption to tell it.",
     "vlm_bad_question": "What the model wrote is not one question of its own words.",
     "no_instruction_tag": "The seed record has no `instruction_tags`.",
@@ -115,13 +131,14 @@ CODES: Mapping[str, str] = {
     "answer_disputed": "To a question of the conversation the model gives another answer, and says that the two do not say the same.",
     "suspect_injection": "It looks as if the model obeyed text in its input, and --drop-suspect is given.",
     "high_loss": "The model of --loss-model finds its answers less likely than --loss-drop lets stay.",
-    "loss_bad_images": "Its conversation names another number of images than it has, so that no loss can be had.",
-    "loss_bad_turns": "The chat template of --loss-model does not take its turns.",
-    "loss_too_long": "It has more tokens than --loss-model can take.",
-    "loss_failed": "The model of --loss-model fails at it, alone, and not at others.",
-    "loss_not_finite": "The model of --loss-model gives it a loss that is no number.",
+    **_NO_LOSS,
 }
 """One plain sentence per code."""
+
+FAILURES = frozenset(
+    [*_BAD_RECORDS, *_DEAD_IMAGES, *(f"image_{code}" for code in _DEAD_IMAGES), *_FAILED_CALLS, *_NO_LOSS]
+)
+"""Codes under which something is dead: those that --max-error-rate counts."""
 
 
 def meaning_of(code: str) -> str:
@@ -153,6 +170,7 @@ _COMPARISONS: Mapping[str, str] = {
     "low_entropy": "entropy {0:.3f} bits < {1:g}",
     "low_judge": "judged {0:.0f} of 10 < {1:.0f}",
     "blurred": "sharpness {0:.3f} < {1:g}",
+    "unwanted_tag": "score {0:.3f} ≥ {1:g}",
 }
 
 
@@ -161,6 +179,14 @@ def decided_text(code: str, score: float | None, threshold: float | None) -> str
     if score is None or threshold is None:
         return ""
     return _COMPARISONS.get(code, "").format(score, threshold)
+
+
+def compared_text(row: Mapping[str, Any]) -> str:
+    """What decided about a row's image, with the benchmark or the tag that the numbers are of."""
+    if is_contact(row):
+        return contact_text(row)
+    tag = f"tag {one_line(row['stage'].partition(':')[2])}, " if row["code"] == "unwanted_tag" else ""
+    return tag + decided_text(row["code"], row["score"], row["threshold"])
 
 
 def is_contact(row: Mapping[str, Any]) -> bool:

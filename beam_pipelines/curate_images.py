@@ -5,11 +5,12 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import apache_beam as beam
 from rich.console import Console
 
-from beam_pipelines.dataflow import names_dataflow
+from beam_pipelines.cloud.dataflow import names_dataflow
 from beam_pipelines.elsewhere import hint_accelerator
 from beam_pipelines.embed_references import EmbedReferences
 from beam_pipelines.estimate import tried_text
@@ -34,6 +35,7 @@ from transforms.filter import FilterImages
 from transforms.geometric import FindGeometricCopies
 from transforms.judge import JudgeExisting
 from transforms.limit import LimitErrors
+from transforms.look import LookAtImages
 from transforms.losses import FilterLosses, LossRule
 from transforms.plan import PlanInstructions
 from transforms.read import ReadSamples
@@ -42,7 +44,7 @@ from transforms.resolve import JudgeImages, NameImages, ResolveSamples, fate_of_
 from transforms.settle import SettleImages, SettleSamples
 from transforms.stored import KeepPacks, ReadStored
 from transforms.synthesise import Synthesise, Synthesised
-from transforms.tag import LookAtImages, TagImages
+from transforms.tag import DropSeen, DropTagged, TagImages
 from transforms.write import CountShards, WriteMedia, WriteRows
 
 
@@ -53,7 +55,7 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
     """
     options = job.options
     limit = LimitErrors(error_rates(options))
-    code_of = beam.Map(lambda row: row.code).with_output_types(str)
+    code_of = _code_of()
 
     read = sources | "ReadSamples" >> ReadSamples(options.limit, options.seed)
     sample_inputs = (read.main, read.decisions) | "SampleInputs" >> beam.Flatten()
@@ -74,7 +76,10 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
         "inputs": references,
     } | "LimitUnusable" >> limit
     meets_rule, filtered = embedded | "FilterImages" >> FilterImages(filter_rule(options))
-    wanted, contaminated, benchmarks = _decontaminate(meets_rule, job, model)
+    fit, dropped = drop_tagged(meets_rule, job)
+    clean, contaminated, benchmarks = _decontaminate(fit, job, model)
+    screened = _screen(clean, references, job)
+    wanted = screened.images
     images, same_bytes = wanted | "CollapseSameBytes" >> CollapseSameBytes()
     fixed = fixed_images(images.pipeline, job, model)
     verdicts, searched = {"images": images, "fixed": fixed} | "FindNearDuplicates" >> FindNearDuplicates(
@@ -86,11 +91,15 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
             "fixed": fixed,
             "verdicts": verdicts,
         } | "Geometric" >> FindGeometricCopies(job.search, job.align)
-    to_tag = {"images": images}
+    seen = list(screened.tags)
     if job.tagging.look is not None:
-        to_tag["more"] = {"images": images, "verdicts": verdicts} | "LookAtImages" >> LookAtImages(
+        looked = {"images": images, "verdicts": verdicts} | "LookAtImages" >> LookAtImages(
             job.tagging.look, job.to
         )
+        seen.append(looked.tags)
+    to_tag = {"images": images}
+    if seen:
+        to_tag["more"] = seen | "SeenTags" >> beam.Flatten()
     tagged = to_tag | "TagImages" >> TagImages(job.tagging.rule)
     fates, kept, near = {
         "embedded": wanted,
@@ -98,12 +107,25 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
         "verdicts": verdicts,
     } | "JudgeImages" >> JudgeImages()
 
-    unused = (looked_at.decisions, filtered, contaminated) | "Unused" >> beam.Flatten()
+    unused = (
+        looked_at.decisions,
+        filtered,
+        *dropped,
+        contaminated,
+        *screened.decisions,
+    ) | "Unused" >> beam.Flatten()
     unused_fates = unused | "UnusedImages" >> beam.Map(fate_of_unused)
     all_fates = (fates, unused_fates) | "AllFates" >> beam.Flatten()
-    resolved, unresolved = {"samples": read.main, "fates": all_fates} | "ResolveSamples" >> ResolveSamples(
+    standing, unresolved = {"samples": read.main, "fates": all_fates} | "ResolveSamples" >> ResolveSamples(
         options.on_duplicate, options.on_missing_image
     )
+    resolved = {
+        "through": standing,
+        "failures": unresolved
+        | "DeadSamples" >> beam.Filter(lambda row: row.fate == "dead")
+        | "CodesOfSamples" >> code_of,
+        "inputs": sample_inputs,
+    } | "LimitDeadSamples" >> limit
     judged = _judge_existing(resolved, kept, job)
     likely = _filter_losses(judged.main, kept, job, "FilterCollected", options.loss_existing)
     collected = likely.main
@@ -115,7 +137,11 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
     media, void = {"images": new, "num_shards": num_packs} | "WriteMedia" >> WriteMedia(
         job.to, job.reach, max_shard_bytes
     )
-    void_ids = void | "VoidIds" >> beam.Map(lambda letter: letter.id)
+    void_ids = {
+        "through": void | "VoidIds" >> beam.Map(lambda letter: letter.id).with_output_types(bytes),
+        "failures": void | "CodesOfVoid" >> code_of,
+        "inputs": kept,
+    } | "LimitChanged" >> limit
     planned, made = _synthesise(named, job)
     written = {
         "through": made.samples,
@@ -154,6 +180,7 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
     dead = (
         read.dead,
         looked_at.dead,
+        *screened.dead,
         void,
         judged.dead,
         made.dead,
@@ -213,26 +240,74 @@ def _decontaminate(images: beam.PCollection, job: Job, model: Encoder) -> Decont
     if not job.benchmarks:
         nothing = images.pipeline | "NoBenchmarks" >> beam.Create([])
         return Decontaminated(images, nothing, nothing)
-    read = images.pipeline | "Benchmarks" >> beam.Create(job.benchmarks) | "ReadBenchmarks" >> ReadSamples()
+    names = sorted({source.name for source in job.benchmarks})
+    return {
+        "images": images,
+        **protected_images(images.pipeline, job, model),
+    } | "Decontaminate" >> Decontaminate(names, contamination_rule(job.options))
+
+
+def protected_images(pipeline: beam.Pipeline, job: Job, model: Encoder) -> dict[str, beam.PCollection]:
+    """`protected` images of the benchmarks, embedded unless the ledger knows them, and what is `unreadable` there."""
+    read = pipeline | "Benchmarks" >> beam.Create(job.benchmarks) | "ReadBenchmarks" >> ReadSamples()
     looked_at = (
         read.main
         | "ProtectedImages" >> beam.FlatMap(lambda sample: sample.images)
         | "ProtectedReferences" >> DistinctReferences()
         | "EmbedProtected" >> _embed_references(job, model)
     )
-    options = job.options
-    rule = ContaminationRule(
+    unreadable = (read.dead, looked_at.dead) | "Unreadable" >> beam.Flatten()
+    return {"protected": looked_at.main, "unreadable": unreadable}
+
+
+def contamination_rule(options: CurateOptions) -> ContaminationRule:
+    """When an image is like a protected one."""
+    return ContaminationRule(
         options.decontaminate_mode == "copies",
         options.decontaminate_cosine,
         options.phash_bits,
         options.structure,
     )
-    names = sorted({source.name for source in job.benchmarks})
-    return {
+
+
+def drop_tagged(images: beam.PCollection, job: Job) -> tuple[beam.PCollection, list[beam.PCollection]]:
+    """Images, and decisions on others; all images where no tag that stored facts tell is unwanted."""
+    if job.tagging.drop is None:
+        return images, []
+    kept, decisions = images | "DropTagged" >> DropTagged(job.tagging.drop)
+    return kept, [decisions]
+
+
+class _Screened(NamedTuple):
+    """What models that look at all images for unwanted tags leave, and the tags that they give."""
+
+    images: beam.PCollection
+    decisions: Sequence[beam.PCollection]
+    dead: Sequence[beam.PCollection]
+    tags: Sequence[beam.PCollection]
+
+
+def _screen(images: beam.PCollection, references: beam.PCollection, job: Job) -> _Screened:
+    """All images where no model looks for such tags."""
+    tagging = job.tagging
+    if tagging.screen is None:
+        return _Screened(images, [], [], [])
+    looked = {"images": images} | "LookAtAll" >> LookAtImages(tagging.screen, job.to)
+    found = {
         "images": images,
-        "protected": looked_at.main,
-        "unreadable": (read.dead, looked_at.dead) | "Unreadable" >> beam.Flatten(),
-    } | "Decontaminate" >> Decontaminate(names, rule)
+        "tags": looked.tags,
+        "failed": looked.failed,
+    } | "DropSeen" >> DropSeen(tagging.unwanted)
+    within = {
+        "through": found.main,
+        "failures": found.dead | "CodesOfUnseen" >> _code_of(),
+        "inputs": references,
+    } | "LimitUnseen" >> LimitErrors(error_rates(job.options))
+    return _Screened(within, [found.decisions], [found.dead], [looked.tags])
+
+
+def _code_of() -> beam.PTransform:
+    return beam.Map(lambda row: row.code).with_output_types(str)
 
 
 def _judge_existing(resolved: beam.PCollection, kept: beam.PCollection, job: Job) -> Outcome:
@@ -241,7 +316,13 @@ def _judge_existing(resolved: beam.PCollection, kept: beam.PCollection, job: Job
         nothing = resolved.pipeline | "NobodyJudges" >> beam.Create([])
         return Outcome(resolved, nothing, nothing)
     judging = JudgeExisting(job.synthesis.backend, job.synthesis.method, job.progress)
-    return {"samples": resolved, "kept": kept} | "JudgeExisting" >> judging
+    judged = {"samples": resolved, "kept": kept} | "JudgeExisting" >> judging
+    within = {
+        "through": judged.main,
+        "failures": judged.dead | "CodesOfJudging" >> _code_of(),
+        "inputs": resolved,
+    } | "LimitUnjudged" >> LimitErrors(error_rates(job.options))
+    return judged._replace(main=within)
 
 
 def _synthesise(named: beam.PCollection, job: Job) -> tuple[beam.PCollection, Synthesised]:
@@ -265,7 +346,13 @@ def _filter_losses(
         nothing = samples.pipeline | f"{label}Not" >> beam.Create([])
         return Outcome(samples, nothing, nothing)
     rule = LossRule(job.options.loss_drop, job.options.loss_by)
-    return {"samples": samples, "kept": kept} | label >> FilterLosses(job.losses, rule)
+    likely = {"samples": samples, "kept": kept} | label >> FilterLosses(job.losses, rule)
+    within = {
+        "through": likely.main,
+        "failures": likely.dead | f"{label}Codes" >> _code_of(),
+        "inputs": samples,
+    } | f"{label}Limit" >> LimitErrors(error_rates(job.options))
+    return likely._replace(main=within)
 
 
 def constructing(prepared: Prepared) -> Callable[[beam.Pipeline], None]:
@@ -304,7 +391,7 @@ def curate(
     console = console or Console(stderr=True)
     if names_dataflow(beam_args):
         raise BadRequest(
-            "--runner=DataflowRunner: nobody waits for such a job; beam_pipelines.submit hands it over"
+            "--runner=DataflowRunner: nobody waits for such a job; beam_pipelines.cloud.submit hands it over"
         )
     prepared = prepare(options, beam_args)
     if options.dry_run:

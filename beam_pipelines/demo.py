@@ -18,8 +18,8 @@ from rich.table import Table
 from beam_pipelines.curate_images import curate
 from beam_pipelines.funnel import funnel_text
 from beam_pipelines.options import parse_options
+from beam_pipelines.pages.report import write_report
 from beam_pipelines.planting import CHANGES, GEOMETRIC, LOOKALIKES, Planted, plant
-from beam_pipelines.report import write_report
 from shards.errors import BadRequest, RunFailed
 from shards.snapshot import Snapshot
 from synthesis.local_server import serve_smollm2

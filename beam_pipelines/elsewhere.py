@@ -16,8 +16,8 @@ from shards.storage import is_remote
 
 MODEL_STEPS = frozenset({"EmbedImages", "EmbedKept", "SearchBucket", "FilterCollected", "FilterWritten"})
 """Steps that run models on `--device`, and the one that compares vectors there."""
-LOCAL_VLM_STEPS = frozenset({"LookAtImages", "JudgeExisting", "Synthesise"})
-"""Steps that ask the model, which with `--vlm-local` runs where they run."""
+LOCAL_VLM_STEPS = frozenset({"LookAtAll", "LookAtImages", "JudgeExisting", "Synthesise"})
+"""Steps that ask the model, which with `--vlm-local` and `--vlm-serve` runs where they run."""
 _LOOPBACK = ("//localhost", "//127.0.0.1", "//[::1]")
 
 
@@ -49,7 +49,8 @@ def check_reachable(options: CurateOptions) -> None:
     for url in options.vlm_base_url:
         if any(host in url for host in _LOOPBACK):
             raise BadRequest(
-                f"--vlm-base-url {url}: is this machine, which every worker would take for itself; give an address in their network"
+                f"--vlm-base-url {url}: is this machine, which every worker would take for itself; give an address in their network, or"
+                " --vlm-serve, a server that every worker starts"
             )
 
 
@@ -72,5 +73,5 @@ class _Hinting(PipelineVisitor):  # type: ignore[misc]  # Beam is untyped
 def hint_accelerator(pipeline: beam.Pipeline, options: CurateOptions) -> None:
     """Ask for `--accelerator` for the steps that run models, and for them alone. Nothing happens where it is not given."""
     if options.accelerator:
-        steps = MODEL_STEPS | (LOCAL_VLM_STEPS if options.vlm_local else frozenset())
+        steps = MODEL_STEPS | (LOCAL_VLM_STEPS if options.vlm_local or options.vlm_serve else frozenset())
         pipeline.visit(_Hinting(parse_resource_hints({"accelerator": options.accelerator}), steps))

@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_pipelines.codes import contact_text, decided_text, is_contact, meaning_of, verified_text
-from beam_pipelines.wording import one_line, sample_title
+from beam_pipelines.codes import compared_text, decided_text, is_contact, meaning_of, verified_text
+from beam_pipelines.metrics import read_metrics
+from beam_pipelines.wording import one_line, sample_title, tried_text
 from shards.errors import BadRequest
 from shards.snapshot import Snapshot
 from shards.tables import SCHEMAS
@@ -34,6 +35,8 @@ class Found(NamedTuple):
 def explain_text(snapshot: Snapshot, what: str) -> str:
     """What became of the images and samples called `what`, by name, end of name, or first digits of the id.
 
+    What failed is told as metrics.json has it, where it is about this snapshot and holds the failure: it keeps a few of each code.
+
     A handful of passes over a few columns of the decisions, and one over those of the samples. Raises BadRequest, with the nearest
     name, where there are none.
     """
@@ -46,15 +49,22 @@ def explain_text(snapshot: Snapshot, what: str) -> str:
         raise BadRequest(_nothing_found(snapshot, what))
     beside = _samples_beside(snapshot, images, samples.rows)
     candidates = _candidates(snapshot, images)
-    failed = _find(snapshot, "dead", ("id", "stage", "code"), lambda t: _failed_calls(t, ids))
+    columns = ("id", "stage", "code", "source", "name", "offset")
+    failed = _find(snapshot, "dead", columns, lambda t: _failed_calls(t, ids))
+    letters = read_metrics(snapshot)[0].get("failures", {})
     # A kept conversation is one of the samples, and a dead one among those that failed.
     untold = [row for row in decided.rows if (row["unit"], row["fate"]) == ("conversation", "filtered")]
     rows = [*images, *(row for row in decided.rows if row["unit"] == "sample"), *beside.rows, *untold]
     titles = _titles_of(snapshot, {row["other_id"] for row in rows if row["other_id"]})
-    lines = [_decision_line(row, titles, snapshot.manifest.options) for row in rows]
+    lines = [
+        _decision_line(row, titles, snapshot.manifest.options)
+        + (_told(row, letters) if row["fate"] == "dead" else "")
+        for row in rows
+    ]
     lines += [_sample_line(row) for row in samples.rows]
     lines += [
         f"synthesis for image {row['id'][:12]} failed ({row['code']}): {_lower(meaning_of(row['code']))}"
+        f"{_told(row, letters)}"
         for row in failed.rows
     ]
     lines += _unrecorded_lines(images, rows, candidates, titles)
@@ -219,8 +229,8 @@ def _decision_line(row: Row, titles: Mapping[str, str], options: Mapping[str, An
     if row["fate"] == "kept":
         return f"{subject}: kept."
     meaning = meaning_of(row["code"])
-    if is_contact(row):
-        return f"{subject}: filtered, {contact_text(row)}."
+    if is_contact(row) or row["code"] == "unwanted_tag":
+        return f"{subject}: filtered, {compared_text(row)}."
     if row["fate"] == "filtered" and row["other_id"]:
         return f"{subject}: filtered because of {_keeper_of(row, titles)}, {row['code']}. {meaning}"
     if row["fate"] != "duplicate":
@@ -235,6 +245,14 @@ def _decision_line(row: Row, titles: Mapping[str, str], options: Mapping[str, An
         return f"{subject}: duplicate of {keeper}, {decided}, {verified_text(options)}."
     relation = "because of" if row["code"] == "image_duplicate" else "of"
     return f"{subject}: duplicate {relation} {keeper}, {row['code']}. {meaning}"
+
+
+def _told(row: Row, letters: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """The dead letter of a row in metrics.json's words; empty where that does not hold it."""
+    for letter in letters.get(f"{row['stage']}/{row['code']}", ()):
+        if all(letter.get(part) == row[part] for part in ("source", "name", "offset")):
+            return f" {tried_text(letter)}: {one_line(letter['message'])}"
+    return ""
 
 
 def _sample_line(row: Row) -> str:

@@ -39,14 +39,19 @@ from rich.progress import (
 )
 
 from beam_pipelines import worker
-from beam_pipelines.dataflow import names_dataflow
+from beam_pipelines.cloud.dataflow import names_dataflow
 from shards.errors import AbortedByLimit, BadRequest, CommitConflict, RunFailed, ShardmillError
 from transforms.progress import counts
 
 LOCAL_RUNNERS = ("FnApiRunner", "DirectRunner", "BundleBasedDirectRunner")
-FLINK_DEFAULTS = ("--experiments=pre_optimize=all", "--environment_cache_millis=3600000")
+FLINK_DEFAULTS = (
+    "--experiments=pre_optimize=all",
+    "--environment_cache_millis=3600000",
+    "--finish_bundle_before_checkpointing",
+)
 """What FlinkRunner is given beside what is asked for: stages fused here, since the fuser in Beam's job server takes a Flatten of
-Flattens for two producers of one collection, and SDK workers that outlive a stage, each of which loads the model."""
+Flattens for two producers of one collection; SDK workers that outlive a stage, each of which loads the model; bundles that end before
+a checkpoint. What a bundle gives that ends within one is held back until the step has more input, which after an Impulse never comes."""
 FLINK_OPTIONS = """allow_non_restored_state attached_mode auto_watermark_interval checkpoint_timeout_millis checkpointing_interval
     checkpointing_mode disable_metrics enable_stable_input_drain execution_mode_for_batch execution_retry_delay
     externalized_checkpoints_enabled fail_on_checkpointing_errors faster_copy file_input_split_max_size_m_b

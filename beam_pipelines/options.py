@@ -221,6 +221,12 @@ class CurateOptions(BaseModel):
         affects_bytes=True,
         group="Filters",
     )
+    drop_tag: list[str] = option(
+        [],
+        "NAME or NAME=SCORE: filter images that bear this tag of a --tagger with that score, else --tag-min-score, or more. Repeatable.",
+        affects_bytes=True,
+        group="Filters",
+    )
 
     allow_private: bool = option(
         False,
@@ -350,7 +356,7 @@ class CurateOptions(BaseModel):
     )
     dedup_recall: float = option(
         1.0,
-        "Share of the duplicate pairs by embedding that has to be found; below 1 a sample tells how little searching does.",
+        "Share of the duplicate pairs by embedding that has to be found; below 1 how little searching does is told from pairs of a sample, true ones where they are enough, else made ones.",
         affects_bytes=True,
         group="Near duplicates",
         gt=0,
@@ -424,9 +430,15 @@ class CurateOptions(BaseModel):
         affects_bytes=False,
         group="Synthesis",
     )
+    vlm_serve: str = option(
+        "",
+        "Instead of an endpoint: the command of a server that every worker process starts for itself, as `vllm serve MODEL --port {port}`.",
+        affects_bytes=False,
+        group="Synthesis",
+    )
     vlm_local_dtype: Literal["auto", "bfloat16", "float32"] = option(
         "auto",
-        "What its weights are kept and computed in. auto: bfloat16 on a GPU, float32 on a CPU.",
+        "What the weights of --vlm-local are kept and computed in. auto: bfloat16 on a GPU, float32 on a CPU.",
         affects_bytes=False,
         group="Synthesis",
     )
@@ -446,7 +458,12 @@ class CurateOptions(BaseModel):
         512 * 512, "Images are sent with at most so many pixels.", affects_bytes=True, group="Synthesis", ge=1
     )
     vlm_concurrency: int = option(
-        8, "Images in work at a time, per worker.", affects_bytes=False, group="Synthesis", ge=1, le=1024
+        8,
+        "Requests at a time, per worker; a quarter more images are in work, so that the next request is ready.",
+        affects_bytes=False,
+        group="Synthesis",
+        ge=1,
+        le=1024,
     )
     vlm_job_concurrency: int = option(
         0,
@@ -668,9 +685,10 @@ class CurateOptions(BaseModel):
         """The options that a snapshot's id holds, as JSON values. Those of a group that is not asked for do not count."""
         fields = type(self).model_fields
         values = self.model_dump(mode="json")
+        model = self.vlm_base_url or self.vlm_local or self.vlm_serve
         asked_for = {
-            "Synthesis": self.vlm_base_url or self.vlm_local,
-            "Planning": self.vlm_base_url or self.vlm_local,
+            "Synthesis": model,
+            "Planning": model,
             "Losses": self.loss_model,
             "Decontamination": self.decontaminate,
             "Geometric copies": self.geometric,

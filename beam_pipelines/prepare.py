@@ -7,12 +7,12 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from beam_pipelines.codes import CODES
+from beam_pipelines.codes import CODES, FAILURES
 from beam_pipelines.elsewhere import check_reachable, encoder_here
 from beam_pipelines.launch import beam_options, cores_each, is_dataflow, is_local
 from beam_pipelines.located import passed_over
@@ -27,10 +27,10 @@ from beam_pipelines.sources import (
     name_of,
     wanted_sources,
 )
+from beam_pipelines.taggers import Tagging, tagging
 from beam_pipelines.wording import plural
 from embeddings.duplicates import DuplicateRule, Group
 from embeddings.encoder import Encoder, EncoderSpec, load_encoder
-from embeddings.pixel_taggers import VLM, is_pixel_tagger
 from images.align import ALIGNER
 from images.decode import Limits as DecodeLimits
 from images.decode import decoder_of
@@ -38,7 +38,7 @@ from images.fetch import Reach
 from images.rewrite import Rewrite
 from images.sources.source import Source
 from images.web import WebOptions
-from shards.errors import BadRequest
+from shards.errors import BadRequest, RunFailed
 from shards.ledger import (
     AlignmentRow,
     CallRow,
@@ -55,14 +55,16 @@ from shards.snapshot import Destination, StoredPack, open_by_id, open_snapshot, 
 from shards.spool import FOLDER, spooled_uris
 from shards.storage import Storage, rooted, storage_of
 from synthesis.artifact import read_artifact, types_digest
-from synthesis.backends import BackendOptions, Found, find_backend
+from synthesis.backends import BackendOptions, Found, call_budget_s, find_backend
+from synthesis.client import ChatClient
 from synthesis.generate import Method, parse_forms, prompts_asked
 from synthesis.languages import check_language
-from synthesis.limits import Limits, Prices
+from synthesis.limits import Limits, Prices, check_limits
 from synthesis.planner import LookupPlanner, Planner, load_tag_table
 from synthesis.prompts import load_prompts
 from synthesis.quotas import PPM, Allotment, read_quotas, whole_quotas
 from synthesis.seeds import SeedBank
+from synthesis.served import ServedModel, check_command, serve
 from synthesis.taxonomy import BUNDLED, Taxonomy, open_taxonomy
 from transforms.against import KeptPack
 from transforms.calls import Backend
@@ -73,7 +75,6 @@ from transforms.limit import ANY
 from transforms.losses import LossSource
 from transforms.recall import Memory
 from transforms.route import Search
-from transforms.tag import LookRule, TagRule, load_head
 
 MAX_GONE = 0.1
 """Fraction of an earlier run's images that may be missing from a run's input before `--replace` is asked for."""
@@ -85,14 +86,6 @@ class Synthesis(NamedTuple):
     backend: Backend
     method: Method
     note: str
-
-
-class Tagging(NamedTuple):
-    """Which tags images get. `told` is what a snapshot's id says of it."""
-
-    rule: TagRule
-    look: LookRule | None
-    told: Sequence[str]
 
 
 class Planning(NamedTuple):
@@ -150,10 +143,11 @@ def error_rates(options: CurateOptions) -> dict[str, float]:
     rates = {}
     for text in options.max_error_rate:
         code, _, number = text.partition("=")
-        if code != ANY and code not in CODES:
-            close = difflib.get_close_matches(code, [ANY, *CODES], 1)
+        if code != ANY and code not in FAILURES:
+            close = difflib.get_close_matches(code, [ANY, *sorted(FAILURES)], 1)
             hint = f"; did you mean {close[0]}?" if close else "; docs/codes.md lists them"
-            raise BadRequest(f"--max-error-rate {text}: no such code{hint}")
+            what = "nothing fails with that code" if code in CODES else "no such code"
+            raise BadRequest(f"--max-error-rate {text}: {what}{hint}")
         try:
             rates[code] = float(number)
         except ValueError:
@@ -208,10 +202,19 @@ def method_of(options: CurateOptions) -> Method:
 
 
 def found_backend(options: CurateOptions, limits: Limits, run: str, elsewhere: bool = False) -> Found | None:
-    """Probe the endpoints, or load the model, that are asked for. Raises BadRequest where they cannot be used as asked.
+    """Probe the endpoints, start the server, or load the model, that are asked for. Raises BadRequest where they cannot be used as asked.
 
-    Of a model that runs `elsewhere` alone only the configuration is read: its weights may be more than this machine holds.
+    Of a model that runs `elsewhere` alone only the configuration is read: its weights may be more than this machine holds. A server
+    that is started there is taken at its user's word.
     """
+    if options.vlm_serve:
+        for name in ("vlm_base_url", "vlm_local"):
+            if getattr(options, name):
+                raise BadRequest(
+                    f"--vlm-serve {options.vlm_serve}: {flag(name)} names another model: give one of them"
+                )
+    if options.vlm_serve and elsewhere:
+        return _served_elsewhere(options, limits, run)
     if options.vlm_local:
         for name in ("vlm_base_url", "vlm_model", "vlm_api_key_env"):
             if getattr(options, name):
@@ -229,11 +232,13 @@ def found_backend(options: CurateOptions, limits: Limits, run: str, elsewhere: b
                 " about tags and captions"
             )
         return Found(vlm, vlm.sees_images, vlm.model)
-    if not options.vlm_base_url:
+    # Worker processes of this machine share one server, which answers the more at a time the more it is asked.
+    urls = [_served_here(options.vlm_serve)] if options.vlm_serve else options.vlm_base_url
+    if not urls:
         return None
     return find_backend(
         BackendOptions(
-            options.vlm_base_url,
+            urls,
             options.vlm_model,
             options.vlm_api_key_env,
             options.vlm_timeout_s,
@@ -242,6 +247,32 @@ def found_backend(options: CurateOptions, limits: Limits, run: str, elsewhere: b
             run,
         )
     )
+
+
+def _served_here(command: str) -> str:
+    try:
+        return serve(command)
+    except RunFailed as error:
+        raise BadRequest(str(error)) from error
+
+
+def _served_elsewhere(options: CurateOptions, limits: Limits, run: str) -> Found:
+    if not options.vlm_model:
+        raise BadRequest(
+            f"--vlm-serve {options.vlm_serve}: workers start it elsewhere, so --vlm-model must say what it serves"
+        )
+    check_command(options.vlm_serve)
+    client = ChatClient(
+        (),
+        options.vlm_model,
+        options.vlm_api_key_env,
+        options.vlm_timeout_s,
+        budget_s=call_budget_s(options.vlm_timeout_s),
+        limits=check_limits(limits),
+        run=run,
+    )
+    note = f"{options.vlm_model}, served by each worker"
+    return Found(ServedModel(options.vlm_serve, client), not options.allow_text_only, note)
 
 
 def prepare_synthesis(
@@ -361,14 +392,18 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
     spec = EncoderSpec(options.encoder, options.encoder_weights, options.device, options.batch_size, threads)
     model = load_encoder(encoder_here(spec) if elsewhere else spec)
     reach = reach_of(to, options, cores)
-    synthesis = prepare_synthesis(to, options, reach, limits, elsewhere)
+    served_elsewhere = bool(options.vlm_serve) and not is_local(pipeline_options)
+    synthesis = prepare_synthesis(to, options, reach, limits, elsewhere or served_elsewhere)
     losses = prepare_losses(options, to, reach, synthesis is not None, elsewhere)
     stored = base.stored_packs() if base else []
     # Which hardware workers have is not known here: of rows that differ by it alone a fixed one is taken.
     memory = recall_from(to, options, model, "" if elsewhere else model.numerics)
     search, against = search_for(to, options, model), kept_packs(options.against)
     who = synthesis.backend if synthesis is not None else None
-    align, tags = align_rule(to, options, reach), tagging(to, options, model, reach, who)
+    known_tags = [
+        segment for storage in ledgers_of(to, options) for segment in Ledger(storage, TagsRow).segments()
+    ]
+    align, tags = align_rule(to, options, reach), tagging(options, model, reach, who, known_tags)
     affecting = options.affecting_bytes() | {
         "encoder_weights": model.weights_sha256,
         "batch_size": model.batch_size,
@@ -395,6 +430,10 @@ def prepare(options: CurateOptions, beam_args: Sequence[str] = ()) -> Prepared:
         "benchmarks": [source._asdict() for source in benchmarks],
         "images": len(origins),
         "quotas": whole_quotas(planning.allotment.quotas),
+        "own_thresholds": own_thresholds(options),
+        "against": [list(pair) for pair in sorted({(kept.out, kept.snapshot_id) for kept in against})],
+        "other_ledgers": [storage.root for storage in ledgers_of(to, options)[1:]],
+        "numerics": memory.numerics,
     }
     facts = RunFacts(base_id, affecting, metrics)
     progress = str(to.storage.scratch_path(to.token) / "progress") if is_local(pipeline_options) else ""
@@ -452,20 +491,29 @@ def ledgers_of(to: Destination, options: CurateOptions) -> list[Storage]:
     return storages + [storage_of(rooted(split_at(path)[0])) for path in options.against]
 
 
+def own_thresholds(options: CurateOptions) -> dict[str, dict[str, Any]]:
+    """By name of a source, the fields of DuplicateRule that its entry in `sources:` says for itself."""
+    said = {
+        name_of(number, wanted): {
+            "mode": wanted.dedup_mode,
+            "cosine": wanted.cosine,
+            "phash_bits": wanted.phash_bits,
+            "structure": wanted.structure,
+        }
+        for number, wanted in enumerate(wanted_sources(options))
+    }
+    own = {
+        name: {field: value for field, value in fields.items() if value is not None}
+        for name, fields in said.items()
+    }
+    return {name: fields for name, fields in own.items() if fields}
+
+
 def duplicate_rules(options: CurateOptions) -> tuple[DuplicateRule, dict[str, DuplicateRule]]:
     """The general rule, and by name those of sources that have their own."""
     general = DuplicateRule(options.dedup_mode, options.cosine, options.phash_bits, options.structure)
-    own = {}
-    for number, wanted in enumerate(wanted_sources(options)):
-        rule = DuplicateRule(
-            wanted.dedup_mode or general.mode,
-            general.cosine if wanted.cosine is None else wanted.cosine,
-            general.phash_bits if wanted.phash_bits is None else wanted.phash_bits,
-            general.structure if wanted.structure is None else wanted.structure,
-        )
-        if rule != general:
-            own[name_of(number, wanted)] = rule
-    return general, own
+    rules = {name: general._replace(**fields) for name, fields in own_thresholds(options).items()}
+    return general, {name: rule for name, rule in rules.items() if rule != general}
 
 
 def kept_packs(against: Sequence[str]) -> list[KeptPack]:
@@ -516,38 +564,6 @@ def align_rule(to: Destination, options: CurateOptions, reach: Reach) -> AlignRu
         segment for storage in ledgers_of(to, options) for segment in Ledger(storage, AlignmentRow).segments()
     ]
     return AlignRule(options.geometric_cosine, options.geometric_neighbours, reach, known)
-
-
-def tagging(
-    to: Destination, options: CurateOptions, model: Encoder, reach: Reach, asked: Backend | None
-) -> Tagging:
-    """Open all taggers once. `asked` is whom synthesis asks. Raises BadRequest."""
-    vlm = asked.client if asked is not None and asked.max_pixels is not None else None
-    names = list(dict.fromkeys(options.tagger))
-    heads = [name for name in names if name != "classes" and not is_pixel_tagger(name)]
-    told = ["classes"] if "classes" in names else []
-    for path in heads:
-        try:
-            head, sha256 = load_head(path)
-        except OSError as error:
-            raise BadRequest(
-                f"--tagger {path}: cannot be read ({error}); classes, ocr, safety, module:function, or a file of `shardmill fit-tagger`"
-            ) from error
-        if head.encoder != model.fingerprint:
-            raise BadRequest(f"--tagger {path}: was fitted on vectors of another encoder ({head.encoder})")
-        told.append(sha256)
-    if VLM in names and vlm is None:
-        raise BadRequest("--tagger vlm: needs a model that sees images: --vlm-base-url or --vlm-local")
-    look = LookRule({}, reach, vlm=vlm)
-    fingerprints = {name: look.open(name).fingerprint for name in names if is_pixel_tagger(name)}
-    rule = TagRule(
-        model.class_names if "classes" in names else (), options.tag_min_score, options.max_tags, tuple(heads)
-    )
-    known = [
-        segment for storage in ledgers_of(to, options) for segment in Ledger(storage, TagsRow).segments()
-    ]
-    looking = look._replace(fingerprints=fingerprints, known=known) if fingerprints else None
-    return Tagging(rule, looking, [*told, *fingerprints.values()])
 
 
 def recall_from(to: Destination, options: CurateOptions, model: Encoder, numerics: str) -> Memory:

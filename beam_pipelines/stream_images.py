@@ -19,8 +19,13 @@ from apache_beam.runners.runner import PipelineResult
 from apache_beam.transforms.periodicsequence import PeriodicImpulse
 from rich.console import Console
 
-from beam_pipelines.curate_images import fixed_images
-from beam_pipelines.dataflow import names_dataflow
+from beam_pipelines.cloud.dataflow import names_dataflow
+from beam_pipelines.curate_images import (
+    contamination_rule,
+    drop_tagged,
+    fixed_images,
+    protected_images,
+)
 from beam_pipelines.elsewhere import hint_accelerator
 from beam_pipelines.launch import LOCAL_RUNNERS, Submission, end_now, run_pipeline, runner_of
 from beam_pipelines.options import CurateOptions, StreamOptions, flag
@@ -33,7 +38,7 @@ from images.fetch import decoders_of
 from shards.errors import BadRequest, CommitConflict, RunFailed
 from shards.ids import digest, shard_of
 from shards.ledger import note_url_epoch
-from shards.records import SourceImage
+from shards.records import EmbeddedImage, SourceImage
 from shards.snapshot import Snapshot, open_by_id, open_snapshot, read_current
 from transforms.against import KeptPack, ReadKept
 from transforms.arrive import (
@@ -47,20 +52,24 @@ from transforms.arrive import (
     keyed,
     list_arrivals,
 )
+from transforms.decontaminate import DecontaminateArrivals
 from transforms.embed import EmbedImages, Reading
+from transforms.fates import Outcome
 from transforms.filter import FilterImages
 from transforms.hold_back import HoldBack, Meeting
-from transforms.tag import TagImages
+from transforms.look import LookAtArrivals
+from transforms.tag import DropSeenArrivals, TagImages
 
 _AT_ONCE = 64
 """References of which a batch is fetched, decoded and embedded: as many as the main job takes on together."""
 NOT_IN_WINDOWS = (
     "limit",
-    "decontaminate",
+    "max_error_rate",
     "any_orientation",
     "geometric",
     "vlm_base_url",
     "vlm_local",
+    "vlm_serve",
     "loss_model",
     "against",
 )
@@ -100,19 +109,74 @@ def build(
     reading = Reading(job.reach, model.geometry, model.images_at_once, job.options.decode)
     looked_at = references | "EmbedImages" >> EmbedImages(job.encoder, job.memory.encoder, reading, job.to)
     meets_rule, filtered = looked_at.main | "FilterImages" >> FilterImages(filter_rule(job.options))
+    fit, dropped = drop_tagged(meets_rule, job)
+    clean, contaminated = _decontaminate(fit, job, model)
+    wanted, to_tag, screened = _look(clean, job)
     kept = arrivals.pipeline | "SnapshotIds" >> ReadKept(job.against)
     answers = {
-        "arrivals": meets_rule,
+        "arrivals": wanted,
         "snapshot": fixed_images(arrivals.pipeline, job, model),
     } | "HoldBack" >> HoldBack(streaming.meeting)
-    tagged = {"images": meets_rule} | "TagImages" >> TagImages(job.tagging.rule)
+    tagged = to_tag | "TagImages" >> TagImages(job.tagging.rule)
     return {
         "images": tagged,
         "answers": answers,
-        "decisions": (first.decisions, looked_at.decisions, filtered) | "AllDecisions" >> beam.Flatten(),
-        "dead": (first.dead, looked_at.dead) | "AllDead" >> beam.Flatten(),
+        "decisions": (
+            first.decisions,
+            looked_at.decisions,
+            filtered,
+            *dropped,
+            *contaminated,
+            *(one.decisions for one in screened),
+        )
+        | "AllDecisions" >> beam.Flatten(),
+        "dead": (first.dead, looked_at.dead, *(one.dead for one in screened)) | "AllDead" >> beam.Flatten(),
         "snapshot": kept | "StoredIds" >> beam.Keys(),
     } | "WriteWindows" >> WriteWindows(streaming.writing)
+
+
+def _decontaminate(
+    images: beam.PCollection, job: Job, model: Encoder
+) -> tuple[beam.PCollection, list[beam.PCollection]]:
+    """Images, and decisions on others; all images where no benchmark is to be protected."""
+    if not job.benchmarks:
+        return images, []
+    names = sorted({source.name for source in job.benchmarks})
+    clean, decisions = {
+        "images": images,
+        **protected_images(images.pipeline, job, model),
+    } | "Decontaminate" >> DecontaminateArrivals(names, contamination_rule(job.options))
+    return clean, [decisions]
+
+
+def _look(
+    images: beam.PCollection, job: Job
+) -> tuple[beam.PCollection, dict[str, beam.PCollection], list[Outcome]]:
+    """Images without tags that are not wanted, what `TagImages` takes, and what became of others, where models look at pixels."""
+    tagging = job.tagging
+    if tagging.screen is None and tagging.look is None:
+        return images, {"images": images}, []
+    paired = images | "Unseen" >> beam.Map(lambda image: (image, [])).with_output_types(
+        beam.typehints.Tuple[EmbeddedImage, Any]
+    )
+    screened = []
+    if tagging.screen is not None:
+        found = (
+            paired
+            | "LookAtAll" >> LookAtArrivals(tagging.screen, job.to)
+            | "DropSeen" >> DropSeenArrivals(tagging.unwanted)
+        )
+        paired = found.main
+        screened.append(found)
+    wanted = paired | "Wanted" >> beam.Keys().with_output_types(EmbeddedImage)
+    if tagging.look is not None:
+        paired = (
+            paired
+            | "LookAtImages" >> LookAtArrivals(tagging.look, job.to)
+            | "SeenTags"
+            >> beam.Map(lambda seen: seen[:2]).with_output_types(beam.typehints.Tuple[EmbeddedImage, Any])
+        )
+    return wanted, {"paired": paired}, screened
 
 
 def prepare_stream(options: StreamOptions, beam_args: Sequence[str]) -> tuple[Prepared, Streaming]:
@@ -124,19 +188,27 @@ def prepare_stream(options: StreamOptions, beam_args: Sequence[str]) -> tuple[Pr
             )
     prepared = prepare(options.model_copy(update={"replace": True}), beam_args)
     job = prepared.job
+    if options.decontaminate and not options.once and runner_of(prepared.pipeline_options) == "FlinkRunner":
+        raise BadRequest(
+            "--decontaminate: on Flink a stream has no side inputs, which hold what is protected; stream without, then give it to"
+            " `shardmill curate` into the same folder"
+        )
     for source in job.sources:
         if source.format != "files":
             raise BadRequest(
                 f"--input {source.path}: is of format {source.format}; a stream takes image files, one by one"
             )
     rule, own = duplicate_rules(options)
-    if own or job.tagging.look is not None:
-        what = "sources: with thresholds of their own" if own else "--tagger: models that look at pixels"
+    if own:
         raise BadRequest(
-            f"{what}: a window cannot honour it; stream without, then `shardmill curate` into the same folder"
+            "sources: with thresholds of their own: a window cannot honour them; stream without, then `shardmill curate` into the same folder"
         )
     base = open_by_id(job.to.storage, job.facts.base) if job.facts.base else None
-    job = job._replace(against=_packs(job.to.out, base) if base else ())
+    # How many images there are is not known.
+    told = {name: value for name, value in job.facts.metrics.items() if name != "images"}
+    job = job._replace(
+        against=_packs(job.to.out, base) if base else (), facts=job.facts._replace(metrics=told)
+    )
     lateness_ms, horizon_ms = 1000 * options.lateness, 1000 * options.horizon
     streaming = Streaming(
         Windows(options.window, options.lateness, options.horizon),
@@ -152,7 +224,7 @@ def prepare_stream(options: StreamOptions, beam_args: Sequence[str]) -> tuple[Pr
             {source.name: source for source in job.sources},
             rule,
             f"{prepared.model.fingerprint} {prepared.model.numerics}",
-            job.facts.options,
+            job.facts,
             int(options.max_shard_size),
             options.window_writers,
             lateness_ms,
@@ -224,7 +296,7 @@ def stream(options: StreamOptions, beam_args: Sequence[str] = (), console: Conso
     console = console or Console(stderr=True)
     if names_dataflow(beam_args):
         raise BadRequest(
-            "--runner=DataflowRunner: nobody waits for such a job; beam_pipelines.submit hands it over"
+            "--runner=DataflowRunner: nobody waits for such a job; beam_pipelines.cloud.submit hands it over"
         )
     prepared, streaming = prepare_stream(options, beam_args)
     job = prepared.job

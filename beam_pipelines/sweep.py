@@ -1,4 +1,4 @@
-"""`shardmill sweep`: what a snapshot would keep at other thresholds, from the facts in its folder's ledger. No image is read to count.
+"""`shardmill sweep`: what a snapshot would keep at other thresholds, from the facts in ledgers. No image is read to count.
 
 One threshold is varied at a time, the others stay as the snapshot has them: a curve for each.
 """
@@ -13,13 +13,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_pipelines.facts import image_rows
-from beam_pipelines.report import read_metrics
+from beam_pipelines.metrics import read_metrics
 from beam_pipelines.wording import one_line, plural
 from embeddings.duplicates import DuplicateRule, Group, Print, print_of
-from embeddings.sweep import Curve, sweep
+from embeddings.sweep import Curve, Setting, sweep
 from shards.errors import BadRequest
+from shards.packs import read_index
 from shards.records import EmbeddedImage, MediaRef, Origin, SourceImage
-from shards.snapshot import Snapshot
+from shards.snapshot import Snapshot, open_snapshot
+from shards.storage import storage_of
 
 MAX_VALUES = 200
 """Of one threshold."""
@@ -79,34 +81,42 @@ def values_of(knob: Knob, text: str) -> list[Decimal]:
     return [low + number * step for number in range(count)]
 
 
-def ranges_of(given: Mapping[Knob, str], snapshot: Snapshot) -> Ranges:
-    """What to vary: the thresholds that were given, or all that count in the snapshot's mode. Raises BadRequest."""
-    rule = rule_of(snapshot)
-    chosen = {knob: text for knob, text in given.items() if text}
-    if rule.mode == "similar":
-        for knob in chosen:
-            if knob is not COSINE:
-                raise BadRequest(
-                    f"{knob.flag} {chosen[knob]}: says nothing here, mode similar goes by the cosine alone; give --cosine {COSINE.default}"
-                )
-    counting = (COSINE,) if rule.mode == "similar" else KNOBS
-    return {
-        knob: values_of(knob, chosen.get(knob, knob.default))
-        for knob in counting
-        if knob in chosen or not chosen
-    }
+class Telling(NamedTuple):
+    """How a run told duplicates: its rule, and what a source said for itself, as fields of DuplicateRule, {} for one that said nothing.
+
+    `against`: the folders and ids of snapshots whose kept images came before its input. `other_ledgers`: folders beside its own that it took facts from.
+    `numerics`: its own; None where nobody says. `priorities` of sources by name, where they are known.
+    """
+
+    rule: DuplicateRule
+    own: Sequence[Mapping[str, Any]]
+    group_of: Mapping[str, int]
+    any_orientation: bool
+    against: Sequence[tuple[str, str]] = ()
+    other_ledgers: Sequence[str] = ()
+    numerics: str | None = None
+    priorities: Mapping[str, int] = {}
+
+    def setting(self, rule: DuplicateRule) -> Setting:
+        """The groups of a run whose own rule is this one: what a source said for itself stands. Fixed images are the last group."""
+        groups = [Group(rule._replace(**fields).thresholds) for fields in self.own]
+        return groups + [Group(rule.thresholds, fixed=True)] * bool(self.against)
+
+    @property
+    def knobs(self) -> list[Knob]:
+        """The thresholds of the run's rule that say something of any image."""
+        fields_of = {"copies": [knob.field for knob in KNOBS], "similar": [COSINE.field], "exact": []}
+        saying = {
+            field
+            for fields in [*self.own, *[{}] * bool(self.against)]
+            for field in fields_of[fields.get("mode", self.rule.mode)]
+            if field not in fields
+        }
+        return [knob for knob in KNOBS if knob.field in saying]
 
 
-_NOT_SWEPT = {
-    "against": "--against",
-    "any_orientation": "--any-orientation",
-    "geometric": "--geometric",
-    "duplicate_rules": "thresholds of sources",
-}
-
-
-def rule_of(snapshot: Snapshot) -> DuplicateRule:
-    """How the snapshot's duplicates were told. Raises BadRequest where there is nothing to vary."""
+def telling_of(snapshot: Snapshot) -> Telling:
+    """How the snapshot's duplicates were told. Raises BadRequest where there is nothing to vary, or nobody says how they were."""
     options, name = snapshot.manifest.options, f"snapshot {snapshot.id[:12]}"
     if snapshot.manifest.parent:
         raise BadRequest(
@@ -120,25 +130,74 @@ def rule_of(snapshot: Snapshot) -> DuplicateRule:
         raise BadRequest(
             f"{name}: does not say its {error.args[0]}; run `shardmill curate` again with the same options"
         ) from error
-    if rule.mode == "exact":
+    metrics, _ = read_metrics(snapshot)
+    for option, field in (("duplicate_rules", "own_thresholds"), ("against", "against")):
+        if options.get(option) and field not in metrics:
+            raise BadRequest(
+                f"{name}: {snapshot.storage.root}/metrics.json is of another snapshot, or gone, and it alone says {_ALONE_SAYS[field]};"
+                " run `shardmill curate` again with the same options"
+            )
+    own_thresholds = metrics.get("own_thresholds", {})
+    sources = {source["name"]: source["priority"] for source in metrics.get("sources", [])}
+    own: list[Mapping[str, Any]] = []
+    for fields in (own_thresholds.get(source, {}) for source in sources or [""]):
+        if fields not in own:
+            own.append(fields)
+    telling = Telling(
+        rule,
+        own,
+        {source: own.index(own_thresholds.get(source, {})) for source in sources},
+        bool(options.get("any_orientation")),
+        [(folder, snapshot_id) for folder, snapshot_id in metrics.get("against", [])],
+        metrics.get("other_ledgers", ()),
+        metrics.get("numerics"),
+        sources,
+    )
+    if not telling.knobs and {fields.get("mode", rule.mode) for fields in own} == {"exact"}:
         raise BadRequest(
             f"{name}: mode exact compares bytes alone, no threshold counts; run `shardmill curate` with --dedup-mode copies"
         )
-    for option, flag in _NOT_SWEPT.items():
-        if options.get(option):
+    if not telling.knobs:
+        raise BadRequest(
+            f"{name}: each of its sources has thresholds of its own, which stand; change them in `sources:` and run `shardmill curate`"
+        )
+    return telling
+
+
+_ALONE_SAYS = {
+    "own_thresholds": "which thresholds are a source's own",
+    "against": "where the snapshots of --against lie",
+}
+
+
+def ranges_of(given: Mapping[Knob, str], telling: Telling) -> Ranges:
+    """What to vary: the thresholds that were given, or all that count. Raises BadRequest."""
+    counting = telling.knobs
+    chosen = {knob: text for knob, text in given.items() if text}
+    for knob in chosen:
+        if knob not in counting:
+            why = "its sources have their own, or modes that do not ask for it"
+            if telling.rule.mode == "similar" and telling.own == [{}]:
+                why = "mode similar goes by the cosine alone"
+            other = counting[0]
             raise BadRequest(
-                f"{name}: was made with {flag}, which a sweep does not know; run `shardmill curate` with other thresholds"
+                f"{knob.flag} {chosen[knob]}: says nothing here, {why}; give {other.flag} {other.default}"
             )
-    return rule
+    return {
+        knob: values_of(knob, chosen.get(knob, knob.default))
+        for knob in counting
+        if knob in chosen or not chosen
+    }
 
 
 def single_values(given: Mapping[Knob, str], snapshot: Snapshot) -> dict[str, float | int]:
     """Thresholds to apply, by option. Raises BadRequest for a range, or for none at all."""
+    telling = telling_of(snapshot)
     applied: dict[str, float | int] = {}
     chosen = {knob: text for knob, text in given.items() if text}
-    for knob, values in ranges_of(chosen, snapshot).items():
+    for knob, values in ranges_of(chosen, telling).items():
         if len(values) > 1 or not chosen:
-            example = f"{knob.flag} {getattr(rule_of(snapshot), knob.field)}"
+            example = f"{knob.flag} {getattr(telling.rule, knob.field)}"
             said = f"{knob.flag} {chosen[knob]} is a range" if chosen else "no threshold is given"
             raise BadRequest(f"--apply: {said}; give one value, as in --apply {example}")
         applied[knob.field] = _number(knob, values[0])
@@ -157,24 +216,33 @@ def _number(knob: Knob, value: Decimal) -> float | int:
 _JUDGED = ("unit", "fate", "stage", "code", "id", "source")
 
 
+_NOT_SEARCHED = pa.array(["same_bytes", "against_bytes"])
+"""Codes of images that are duplicates at any thresholds."""
+
+
 def judged_rows(snapshot: Snapshot, columns: Sequence[str] = ()) -> Iterator[pa.Table]:
-    """Decision rows of the images that near-duplicate detection looked at, one of each: what lost there, and what came to `settle`."""
+    """Decision rows of the images that thresholds judged, one of each: what lost by them, and what came to `settle`."""
     for table in snapshot.batches("decisions", tuple(dict.fromkeys((*_JUDGED, *columns)))):
         table = table.filter(pc.equal(table["unit"], "image"))
-        lost = pc.and_(pc.equal(table["stage"], "deduplicate"), pc.not_equal(table["code"], "same_bytes"))
+        searched = pc.invert(pc.is_in(table["code"], _NOT_SEARCHED))
+        lost = pc.and_(pc.equal(table["stage"], "deduplicate"), searched)
         yield table.filter(pc.or_(lost, pc.equal(table["stage"], "settle")))
 
 
 class Facts(NamedTuple):
-    """What a sweep goes by: prints, their sources by image_id in order of priority, and how many the snapshot itself did not lose."""
+    """What a sweep goes by: prints, the sources of judged images by id, and how many of them the snapshot itself did not lose.
+
+    `fixed`: by id the snapshots of `--against` that keep the images that are not judged.
+    """
 
     prints: Sequence[Print]
     source_of: Mapping[bytes, str]
     num_kept: int
+    fixed: Mapping[bytes, Snapshot]
 
 
-def gather_facts(snapshot: Snapshot) -> Facts:
-    """The facts of all images that were judged, from the ledger of the snapshot's folder. Memory: their facts and embeddings.
+def gather_facts(snapshot: Snapshot, telling: Telling) -> Facts:
+    """The facts of all images that were judged and of those they were judged against. Memory: their facts and embeddings.
 
     Raises BadRequest where some are missing, or where it is not known how the sources ranked.
     """
@@ -186,31 +254,43 @@ def gather_facts(snapshot: Snapshot) -> Facts:
         for image_id, source in zip(table["id"].to_pylist(), table["source"].to_pylist(), strict=True):
             source_of[bytes.fromhex(image_id)] = names.setdefault(source, source)
     if not source_of:
-        return Facts([], {}, 0)
-    priorities = _priorities(snapshot, set(names))
-    rows = image_rows(snapshot, list(source_of))
-    rule, options = rule_of(snapshot), snapshot.manifest.options
-    groups = [Group(rule.thresholds)]
-    prints = []
-    for image_id, source in source_of.items():
-        row = rows.pop(image_id)
-        reference = SourceImage(Origin(priorities[source], source, "", 0), MediaRef("", 0, -1))
-        image = EmbeddedImage(image_id, reference, row.facts, row.embedding, b"", "", row.numerics)
-        prints.append(print_of(image, 0, groups, options.get("prefer", "pixels")))
-    return Facts(prints, source_of, num_kept)
-
-
-def _priorities(snapshot: Snapshot, names: set[str]) -> dict[str, int]:
-    if len(names) == 1:
-        return dict.fromkeys(names, 0)
-    metrics, _ = read_metrics(snapshot)
-    priorities = {source["name"]: source.get("priority") for source in metrics.get("sources", [])}
-    if any(priorities.get(name) is None for name in names):
+        return Facts([], {}, 0, {})
+    if len(names) > 1 and not names.keys() <= telling.priorities.keys():
         raise BadRequest(
             f"snapshot {snapshot.id[:12]}: {snapshot.storage.root}/metrics.json does not say how its {len(names)} sources ranked;"
             " run `shardmill curate` again with the same options"
         )
-    return priorities
+    fixed = _kept_elsewhere(telling.against)
+    others = [storage_of(root) for root in telling.other_ledgers]
+    rows = image_rows(snapshot, [*source_of, *fixed], others, telling.numerics)
+    groups = telling.setting(telling.rule)
+    prefer = snapshot.manifest.options.get("prefer", "pixels")
+    prints = []
+    for image_id in [*source_of, *fixed]:
+        row, source = rows.pop(image_id), source_of.get(image_id, "")
+        reference = SourceImage(Origin(telling.priorities.get(source, 0), source, "", 0), MediaRef("", 0, -1))
+        image = EmbeddedImage(image_id, reference, row.facts, row.embedding, b"", "", row.numerics)
+        group = len(groups) - 1 if image_id in fixed else telling.group_of.get(source, 0)
+        prints.append(print_of(image, group, groups, prefer))
+    return Facts(prints, source_of, num_kept, fixed)
+
+
+def _kept_elsewhere(against: Sequence[tuple[str, str]]) -> dict[bytes, Snapshot]:
+    """The ids of the images that these snapshots keep, each with the first that does. Raises BadRequest for a snapshot that is gone."""
+    kept: dict[bytes, Snapshot] = {}
+    for folder, snapshot_id in against:
+        try:
+            other = open_snapshot(f"{folder}@{snapshot_id}")
+        except BadRequest as error:
+            raise BadRequest(
+                f"--against {error}; what it kept is part of what is counted, so run `shardmill curate` again"
+            ) from error
+        tombstones = set(other.tombstones())
+        for index in other.files("media_index"):
+            for image_id in read_index(other.storage, index.path)["id"]:
+                if (key := image_id.tobytes()) not in tombstones:
+                    kept.setdefault(key, other)
+    return kept
 
 
 class KnobCurve(NamedTuple):
@@ -232,12 +312,16 @@ class KnobCurve(NamedTuple):
 
 
 class Swept(NamedTuple):
-    """Curves, sources from the one with the most images judged, and how many the sweep and the snapshot itself keep as it is."""
+    """Curves, sources from the one with the most images judged, and how many the sweep and the snapshot itself keep as it is.
+
+    `fixed` as in `Facts`.
+    """
 
     rule: DuplicateRule
     judged: Mapping[str, int]
     curves: Sequence[KnobCurve]
     num_kept: int
+    fixed: Mapping[bytes, Snapshot]
 
     @property
     def current(self) -> int:
@@ -245,10 +329,15 @@ class Swept(NamedTuple):
         return self.curves[0].totals[self.curves[0].here]
 
 
-def run_sweep(snapshot: Snapshot, ranges: Ranges, watch: Watch) -> Swept:
-    """Count what each setting keeps. The snapshot's own setting is a point of every curve."""
-    rule = rule_of(snapshot)
-    facts = gather_facts(snapshot)
+def run_sweep(snapshot: Snapshot, telling: Telling, ranges: Ranges, watch: Watch) -> Swept:
+    """Count what each setting keeps. The snapshot's own setting is a point of every curve. Raises BadRequest as `gather_facts` does."""
+    rule = telling.rule
+    if snapshot.manifest.options.get("geometric"):
+        raise BadRequest(
+            f"snapshot {snapshot.id[:12]}: was made with --geometric. Other thresholds keep other images, and which of these are crops"
+            " or flips of one another only the images say: `sweep --apply` with one value each reads those that no run has aligned"
+        )
+    facts = gather_facts(snapshot, telling)
     judged: dict[str, int] = {}
     for source in facts.source_of.values():
         judged[source] = judged.get(source, 0) + 1
@@ -256,13 +345,19 @@ def run_sweep(snapshot: Snapshot, ranges: Ranges, watch: Watch) -> Swept:
     for knob, asked in ranges.items():
         own = Decimal(str(getattr(rule, knob.field)))
         values = sorted({*asked, own})
-        settings = [[Group(_with(rule, knob, value).thresholds)] for value in values]
+        settings = [telling.setting(_with(rule, knob, value)) for value in values]
         planned.append(
             (knob, values, values.index(own), settings if knob.more_is_stricter else settings[::-1])
         )
     points = sum(len(values) for _, values, _, _ in planned)
     with watch("settings", points) as advance:
-        curves = sweep(facts.prints, facts.source_of, [settings for *_, settings in planned], advance)
+        curves = sweep(
+            facts.prints,
+            facts.source_of,
+            [settings for *_, settings in planned],
+            advance,
+            telling.any_orientation,
+        )
     of_knobs = [
         KnobCurve(
             knob, values, here, list(curve.kept) if knob.more_is_stricter else list(curve.kept)[::-1], curve
@@ -270,7 +365,7 @@ def run_sweep(snapshot: Snapshot, ranges: Ranges, watch: Watch) -> Swept:
         for (knob, values, here, _), curve in zip(planned, curves, strict=True)
     ]
     order = sorted(judged, key=lambda source: (-judged[source], source))
-    return Swept(rule, {source: judged[source] for source in order}, of_knobs, facts.num_kept)
+    return Swept(rule, {source: judged[source] for source in order}, of_knobs, facts.num_kept, facts.fixed)
 
 
 def sweep_text(swept: Swept) -> str:

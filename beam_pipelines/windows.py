@@ -1,8 +1,9 @@
 """Windows of a stream: what arrived in one, and what cells said of it -> files, and a child of the snapshot in force."""
 
+import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,15 +33,25 @@ from shards.records import (
     SourceSample,
     TaggedImage,
 )
-from shards.snapshot import Destination, commit, read_current, read_manifest
-from transforms.commit import build_manifest, fate_key, ids_digest
-from transforms.fates import decision, sample_decision
+from shards.snapshot import Destination, Manifest, commit, read_current, read_manifest
+from shards.storage import Storage
+from transforms.commit import (
+    MESSAGES_PER_CODE,
+    RunFacts,
+    build_manifest,
+    fate_key,
+    ids_digest,
+    metrics_json,
+)
+from transforms.fates import decision, sample_decision, told
 from transforms.hold_back import STAGE as HOLD_BACK
 from transforms.hold_back import Answer, window_end_ms
 from transforms.resolve import collapse, fate_of_unused, resolve_sample
 from transforms.write import pack_images, row_shard, write_dead, write_decisions, write_sample_shard
 
 STAGE = "window"
+_LOOK_BACK = 100
+"""Windows in a row that may have died before they wrote their metrics.json."""
 SETTLE = "settle"
 _ID_AND_TIME = 40
 """Bytes in which a decided image is remembered: its id, and the end of its window."""
@@ -54,7 +65,7 @@ class Writing(NamedTuple):
     sources: Mapping[str, Source]
     rule: DuplicateRule
     encoder: str
-    options: Mapping[str, Any]
+    facts: RunFacts
     max_shard_bytes: int
     writers: int
     lateness_ms: int
@@ -79,7 +90,8 @@ class Settled(NamedTuple):
 
 
 class WindowPart(NamedTuple):
-    """What one writer wrote of a window: enough to commit it."""
+    """What one writer wrote of a window: enough to commit it, a few of its dead letters of each code, and how many arrivals of other
+    windows wait for it."""
 
     end_ms: int
     token: str
@@ -87,6 +99,8 @@ class WindowPart(NamedTuple):
     fates: Mapping[str, int]
     live: Sequence[bytes]
     num_arrivals: int
+    letters: Sequence[DeadLetter] = ()
+    waiting: int = 0
 
 
 def settle_window(gathered: Gathered, seen: Set[bytes], writing: Writing) -> Settled:
@@ -238,7 +252,9 @@ class _Write(beam.DoFn):
             waiting.add((end_ms, item))
         remembered = _recent(decided.read() or b"", end_ms - self._writing.horizon_ms)
         seen = {*remembered, *snapshot.read()}
-        yield self._part(shard, end_ms, gathered, seen)
+        waiting = sum(isinstance(item, TaggedImage | Decision) for when, item in held if when != end_ms)
+        waiting += sum(isinstance(item, TaggedImage) for item in early)
+        yield self._part(shard, end_ms, gathered, seen)._replace(waiting=waiting)
         for image in gathered.images:
             remembered.setdefault(image.image_id, end_ms)
         decided.write(
@@ -261,7 +277,7 @@ class _Write(beam.DoFn):
         Metrics.counter(STAGE, "arrivals").inc(len(names))
         fates = Counter(map(fate_key, rows))
         live = sorted(sample.image_ids[0] for sample in samples)
-        return WindowPart(end_ms, token, files, fates, live, len(names))
+        return WindowPart(end_ms, token, files, fates, live, len(names), few_letters(gathered.dead))
 
 
 def gather(items: Sequence[Any]) -> tuple[Gathered, list[Any]]:
@@ -291,6 +307,14 @@ def gather(items: Sequence[Any]) -> tuple[Gathered, list[Any]]:
     return Gathered(images, held_back, decisions, dead), early
 
 
+def few_letters(letters: Iterable[DeadLetter]) -> list[DeadLetter]:
+    """The smallest of each stage and code, as many as metrics.json holds."""
+    of_code: dict[tuple[str, str], list[DeadLetter]] = {}
+    for letter in sorted(letters):
+        of_code.setdefault((letter.stage, letter.code), []).append(letter)
+    return [letter for some in of_code.values() for letter in some[:MESSAGES_PER_CODE]]
+
+
 def _recent(decided: bytes, since_ms: int) -> dict[bytes, int]:
     """Ids of images and the ends of their windows, without those before a time."""
     found = {}
@@ -311,8 +335,11 @@ class _Commit(beam.DoFn):
         self._writing = writing
 
     def process(self, keyed: tuple[int, WindowPart], last: Any = beam.DoFn.StateParam(LAST)) -> Iterator[str]:
-        snapshot_id = commit_window(keyed[1], (last.read() or b"").decode(), self._writing)
-        Metrics.distribution(STAGE, "delay_s").update(max(0, int(time.time() - keyed[1].end_ms / 1000)))
+        part = keyed[1]
+        snapshot_id = commit_window(part, (last.read() or b"").decode(), self._writing)
+        Metrics.distribution(STAGE, "delay_s").update(max(0, int(time.time() - part.end_ms / 1000)))
+        Metrics.gauge(STAGE, "watermark_s").set((part.end_ms + self._writing.lateness_ms) // 1000)
+        Metrics.gauge(STAGE, "waiting").set(part.waiting)
         last.write(snapshot_id.encode())
         yield snapshot_id
 
@@ -328,6 +355,8 @@ def commit_window(part: WindowPart, last: str, writing: Writing) -> str:
     while found not in ("", last):
         manifest = read_manifest(storage, found)
         if manifest.window.get("token") == part.token:
+            if found == current and _earlier(storage).get("snapshot_id") != found:
+                storage.write("metrics.json", _metrics(manifest, part, writing))
             return found
         found = manifest.parent
     by_byte: dict[int, list[bytes]] = {}
@@ -336,9 +365,51 @@ def commit_window(part: WindowPart, last: str, writing: Writing) -> str:
     inputs = {"image": part.num_arrivals, "sample": part.num_arrivals, "conversation": 0}
     live = map(ids_digest, by_byte.items())
     manifest = build_manifest(
-        part.files, part.fates, inputs, live, 0, [writing.encoder], writing.options
+        part.files, part.fates, inputs, live, 0, [writing.encoder], writing.facts.options
     )._replace(parent=current, window={"end_ms": part.end_ms, "token": part.token})
-    return commit(writing.to._replace(token=part.token), current, manifest).snapshot_id
+    committed = commit(writing.to._replace(token=part.token), current, manifest)
+    storage.write("metrics.json", _metrics(committed, part, writing))
+    return committed.snapshot_id
+
+
+def _metrics(manifest: Manifest, part: WindowPart, writing: Writing) -> bytes:
+    """metrics.json of a window that was just committed: with the failures of those before it, and how far behind the stream is."""
+    earlier = _earlier(writing.to.storage)
+    failures: dict[str, list[Any]] = {}
+    if _is_before(earlier.get("snapshot_id", ""), manifest, writing.to.storage):
+        failures = earlier.get("failures", {})
+    for letter in part.letters:
+        some = failures.setdefault(f"{letter.stage}/{letter.code}", [])
+        if len(some) < MESSAGES_PER_CODE:
+            some.append(told(letter))
+    now_ms, watermark_ms = int(time.time() * 1000), part.end_ms + writing.lateness_ms
+    stream = {
+        "window_end_ms": part.end_ms,
+        "watermark_ms": watermark_ms,
+        "committed_ms": now_ms,
+        "behind_s": max(0, now_ms - watermark_ms) / 1000,
+        "arrivals": part.num_arrivals,
+        "waiting": part.waiting,
+    }
+    # What runs with other values of --fuse-calls made of their questions stays in a folder, whatever came between.
+    more = {"stream": stream, "questions": earlier.get("questions", {})}
+    return metrics_json(manifest, failures, writing.facts, more)
+
+
+def _earlier(storage: Storage) -> dict[str, Any]:
+    """metrics.json as it stands."""
+    return dict(json.loads(storage.read_if_there("metrics.json") or "{}"))
+
+
+def _is_before(snapshot_id: str, manifest: Manifest, storage: Storage) -> bool:
+    """Whether a snapshot is the parent of a window, or a window before it: those between died before they wrote their metrics.json."""
+    for _ in range(_LOOK_BACK):
+        if manifest.parent == snapshot_id or not manifest.parent:
+            return manifest.parent == snapshot_id
+        manifest = read_manifest(storage, manifest.parent)
+        if not manifest.window:
+            return False
+    return False
 
 
 @dataclass

@@ -28,3 +28,10 @@ def sample_title(row: Mapping[str, Any]) -> str:
     """Where a sample was read, from a row with `name` and `offset`: `cat.jpg`, or `captions.jsonl, record 7`."""
     name = one_line(row["name"])
     return f"{name}, record {row['offset']}" if row["name"].endswith((".json", ".jsonl")) else name
+
+
+def tried_text(letter: Mapping[str, Any]) -> str:
+    """How often what a dead letter of metrics.json is about was tried, and where: `Tried 4 times, https://example.org/a.jpg`."""
+    attempts = letter.get("attempts", 1)
+    tried = {0: "Not tried in this run", 1: "Tried once"}.get(attempts, f"Tried {attempts} times")
+    return f"{tried}, {one_line(letter['uri'])}" if letter.get("uri") else tried

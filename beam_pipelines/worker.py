@@ -55,7 +55,7 @@ def main() -> None:
         name, lock = claim(found, Path(tempfile.gettempdir()) / f"shardmill-gpus-{os.getuid()}")
         os.environ["CUDA_VISIBLE_DEVICES"] = name
         held.append(lock)
-    logging.disable(logging.WARNING)
+    logging.disable(logging.INFO if os.environ.get("SHARDMILL_DEBUG") else logging.WARNING)
     logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
     from apache_beam.runners.worker import sdk_worker_main
 

@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.machine import describe
 from embeddings.buckets import Buckets, Task, join_duplicates
-from embeddings.cells import MAX_SAMPLE, fit, plan_cells
+from embeddings.cell_plan import MAX_SAMPLE, fit, num_to_fit, plan_cells
 from embeddings.duplicates import DuplicateRule, Group, Pairing, Prints, Signatures, ids_of
 from embeddings.forest import Components, Members, components, find_forest, places_in
 
@@ -177,7 +177,8 @@ def search_ours(data: Planted, cosine: float, recall: float, _: int, device: str
 
 def search_semdedup(data: Planted, cosine: float, _: float, num_cells: int, device: str) -> Run:
     started = time.perf_counter()
-    centroids = fit(sample_of(data.vectors), num_cells)
+    sample = sample_of(data.vectors)
+    centroids = fit(sample[: num_to_fit(num_cells, len(sample))], num_cells)
     fitted = time.perf_counter()
     index = faiss.IndexFlatL2(data.vectors.shape[1])
     index.add(centroids)

@@ -37,9 +37,11 @@ from benchmarks.contenders import (
     write_snapshot,
 )
 from benchmarks.machine import describe
+from shards.files import sha256_of
 from shards.ledger import Ledger, RefRow
-from shards.snapshot import FORMAT_VERSION
+from shards.snapshot import FORMAT_VERSION, open_snapshot
 from shards.storage import storage_of
+from shards.verify import verify_snapshot
 
 WORDS = (
     "a",
@@ -57,6 +59,7 @@ WORDS = (
     "here",
     "why",
 )
+_SECTIONS = ["write", "read", "verify", "open", "ledger"]
 MIN_TIMED_S = 1.0
 """A hot reading repeats epochs until it took so long."""
 WRITE_TARGETS = {"raw file": 0.5, "WebDataset": 1.4}
@@ -280,6 +283,28 @@ def bench_ledger(count: int, rounds: int, work: Path) -> None:
 # What all share
 
 
+def bench_verify(records: Sequence[Record], rounds: int, work: Path) -> None:
+    folder = work / "verified"
+    write_snapshot(folder, records)
+    snapshot = open_snapshot(str(folder))
+    paths = [folder / file.path for file in snapshot.files()]
+    total = sum(path.stat().st_size for path in paths) / 1e6
+    print(f"### Verify: {len(records):,} samples, {total:.0f} MB in {len(paths)} files, hot, one process\n")
+    seconds: dict[str, list[float]] = {OURS: [], "sha256 of each file": []}
+    for number in range(rounds + 1):
+        started = time.process_time()
+        if found := list(verify_snapshot(snapshot)):
+            raise AssertionError(found)
+        verified = time.process_time()
+        for path in paths:
+            sha256_of(path)
+        if number:
+            seconds[OURS].append(verified - started)
+            seconds["sha256 of each file"].append(time.process_time() - verified)
+    rates = {name: [total / taken for taken in times] for name, times in seconds.items()}
+    _print_rates("MB a second of CPU", rates, {}, {})
+
+
 def stay_offline() -> None:
     """Refuse connections beyond this machine from Python, whatever a library would like to ask its makers."""
 
@@ -335,10 +360,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--open-samples", type=int, default=1_000_000)
     parser.add_argument("--ledger-keys", type=int, default=1_000_000)
-    parser.add_argument("--only", nargs="+", choices=["write", "read", "open", "ledger"])
+    parser.add_argument("--only", nargs="+", choices=_SECTIONS)
     parser.add_argument("--work-dir", type=Path, help="keep the set that is opened here, for another time")
     arguments = parser.parse_args()
-    chosen = arguments.only or ["write", "read", "open", "ledger"]
+    chosen = arguments.only or _SECTIONS
     with tempfile.TemporaryDirectory(dir=arguments.work_dir) as temporary:
         work = Path(temporary)
         # Caches and temporary files of all libraries go into one folder, and nobody asks a hub.
@@ -357,12 +382,14 @@ def main() -> None:
             ),
             flush=True,
         )
-        if {"write", "read"} & set(chosen):
+        if {"write", "read", "verify"} & set(chosen):
             records = make_records(arguments.samples, arguments.image_bytes, arguments.chars)
         if "write" in chosen:
             bench_write(records, arguments.rounds, work)
         if "read" in chosen:
             bench_read(records, arguments.rounds, work)
+        if "verify" in chosen:
+            bench_verify(records, arguments.rounds, work)
         if "open" in chosen:
             bench_open(arguments.open_samples, arguments.rounds, arguments.work_dir or work)
         if "ledger" in chosen:

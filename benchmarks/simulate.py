@@ -21,7 +21,17 @@ import numpy as np
 from scipy.optimize import nnls
 
 from benchmarks.search import draw, sample_of
-from embeddings.cells import BRUTE_FORCE, MAX_SAMPLE, PART, Estimate, fit, plan_cells
+from embeddings.cell_plan import (
+    BRUTE_FORCE,
+    MAX_SAMPLE,
+    MOST_CELLS,
+    PART,
+    SENDING,
+    Estimate,
+    fit,
+    num_to_fit,
+    plan_cells,
+)
 from embeddings.duplicates import DuplicateRule
 from shards.ledger import COMPACT_ROWS, FLUSH_ROWS, FLUSH_S, ImageRow, Ledger
 from shards.storage import storage_of
@@ -33,11 +43,9 @@ SEARCHES_UP_TO = 100_000
 SIGNATURE_BYTES = 16 + 1 + 1 + 1 + 8 + 128
 """Of a member of a bucket beside its vector: id, group, home, side, pHash, long hash."""
 UNROUNDED = 512
-"""Rows of a bucket that are compared with all of it at once (`embeddings.forest`)."""
+"""Rows of a bucket up to which blocks are of one size (`embeddings.forest`)."""
 EDGE_BYTES, JOINED_BYTES = 100, 32
 """What `embeddings.forest.components` takes for an edge, and every worker holds of an image that has a duplicate."""
-MOST_CELLS = MAX_SAMPLE // 16
-"""That `plan_cells` fits, of which a quarter of the sample is looked at, four vectors a cell."""
 
 
 class Fleet(NamedTuple):
@@ -115,11 +123,14 @@ class Curve(NamedTuple):
 
 
 def curve_of(sample: np.ndarray, told_by: str) -> Curve:
-    """From float16 (n, D), half of which is fitted on and half visits."""
+    """From float16 (n, D), of which as many are fitted on as a search would, and the others visit."""
     half, rule = len(sample) // 2, DuplicateRule().thresholds
     sizes = [size for size in (64, 128, 256, 512, 1024, 2048) if size * 8 <= half]
     told = [
-        plan_cells(sample[half:], 10**12, rule, frozen=fit(sample[:half], size, 4)).estimate for size in sizes
+        plan_cells(
+            sample, 10**12, rule, frozen=fit(sample[: num_to_fit(size, len(sample))], size, 4)
+        ).estimate
+        for size in sizes
     ]
     told = [one for one in told if one.num_cells > 1]
     if len(told) < 2:
@@ -170,17 +181,16 @@ class Searched(NamedTuple):
 
 
 def compared_of(members: float) -> float:
-    """Pairs that a bucket of residents takes: row blocks of 8, 128, then 1,024, each beside itself and what comes after it."""
+    """Pairs that a bucket of residents takes: row blocks of 128 of few, of 8, 128, then 1,024 of many, each beside itself and what comes after it."""
     if members <= UNROUNDED:
-        return members**2
-    rest = members - 136
-    blocks = rest // 1024
-    return (
-        8 * members
-        + 128 * (members - 8)
-        + 1024 * (blocks * rest - 512 * blocks * (blocks - 1))
-        + (rest - 1024 * blocks) ** 2
-    )
+        return _blocks_of(128, members)
+    return 8 * members + 128 * (members - 8) + _blocks_of(1024, members - 136)
+
+
+def _blocks_of(size: int, members: float) -> float:
+    """Pairs of whole blocks of one size, each beside what is left, and of what remains beside itself."""
+    blocks = members // size
+    return size * (blocks * members - size / 2 * blocks * (blocks - 1)) + (members - size * blocks) ** 2
 
 
 def band_work(images: float, widths: Sequence[int]) -> tuple[float, float, float, float]:
@@ -216,8 +226,9 @@ def search_work(load: Workload, curve: Curve, costs: "Costs", planned: bool = Fa
     options = [curve.at(min(size, most)) for size in (middle // 4, middle, middle * 2)] + [BRUTE_FORCE]
 
     def work(one: Estimate) -> float:
+        """Products: the searches that the costs are calibrated on score every pair."""
         routed = images * (2 * math.sqrt(one.num_cells) if planned else one.num_cells)
-        return one.cost(int(images), load.dimensions) + (routed - images * one.num_cells) * load.dimensions
+        return one.share * images**2 / 2 + routed + images * one.copies * SENDING
 
     chosen = BRUTE_FORCE if images <= 8192 else min(options, key=work)
     residents = images / chosen.num_cells

@@ -39,7 +39,7 @@ from benchmarks.search import draw, in_own_process, peak_bytes, sample_of
 from benchmarks.simulate import drawn_curve
 from benchmarks.throughput import make_jpegs
 from embeddings.buckets import Buckets
-from embeddings.cells import plan_cells
+from embeddings.cell_plan import plan_cells
 from embeddings.duplicates import DuplicateRule, Group, Pairing, Prints, Signatures, ids_of
 from embeddings.encoder import EncoderSpec, load_encoder
 from embeddings.forest import components, find_forest

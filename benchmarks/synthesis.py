@@ -1,21 +1,25 @@
 """What asking a model costs besides the model: the limit on requests kept busy, CPU a call, and looking up what was asked before.
 
-python -m benchmarks.synthesis [--calls 1500] [--rows 1000000]
+python -m benchmarks.synthesis [--seconds 6] [--rows 1000000]
 """
 
 import argparse
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import json
 import multiprocessing
 import resource
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
+
+import httpx
 
 from benchmarks.machine import describe
 from shards.ledger import COMPACT_ROWS, CallRow, Ledger
@@ -23,6 +27,7 @@ from shards.storage import storage_of
 from synthesis.backend import Ask, Picture, schema_of
 from synthesis.client import ChatClient
 from synthesis.limits import Limits
+from transforms.calls import callers
 
 LATENCY_S = 0.2
 ANSWER = json.dumps({"score": 8, "reason": "The answer names what can be seen, and nothing else. " * 4})
@@ -30,8 +35,30 @@ SCHEMA = schema_of({"score": {"type": "integer"}, "reason": {"type": "string"}})
 _SPAWN = multiprocessing.get_context("spawn")
 
 
+class Waited(NamedTuple):
+    """Seconds of all requests together between their last byte and their answer, answers, and when that was, by the server's clock."""
+
+    request_s: float
+    answers: int
+    at_s: float
+
+
 class _Answers(asyncio.Protocol):
-    """Answers each request after `LATENCY_S`, whatever it asks."""
+    """Answers each request after `LATENCY_S`, whatever it asks; a GET tells how long requests have waited."""
+
+    waiting, total = 0, Waited(0.0, 0, 0.0)
+
+    @classmethod
+    def _count(cls, more: int) -> None:
+        """Requests that wait have become more or fewer."""
+        now = time.monotonic()
+        request_s, answers, before = cls.total
+        cls.total = Waited(request_s + cls.waiting * (now - before), answers + (more < 0), now)
+        cls.waiting += more
+
+    def _answer(self) -> None:
+        self._count(-1)
+        self._transport.write(_REPLY)
 
     def connection_made(self, transport: Any) -> None:
         self._transport, self._missing, self._head = transport, 0, b""
@@ -42,20 +69,29 @@ class _Answers(asyncio.Protocol):
             head, end, body = self._head.partition(b"\r\n\r\n")
             if not end:
                 return
+            if head.startswith(b"GET"):
+                self._count(0)
+                self._head = b""
+                self._transport.write(_message(json.dumps(self.total).encode()))
+                return
             length = head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
             self._missing, self._head, data = int(length), b"", body
         self._missing -= len(data)
         if not self._missing:
-            asyncio.get_running_loop().call_later(LATENCY_S, self._transport.write, _REPLY)
+            self._count(1)
+            asyncio.get_running_loop().call_later(LATENCY_S, self._answer)
 
 
 def _reply() -> bytes:
     message = {"role": "assistant", "content": ANSWER}
     usage = {"prompt_tokens": 900, "completion_tokens": 60, "total_tokens": 960}
     body = json.dumps({"id": "1", "choices": [{"index": 0, "message": message}], "usage": usage}).encode()
-    return (
-        b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body
-    )
+    return _message(body)
+
+
+def _message(body: bytes) -> bytes:
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    return head % len(body) + body
 
 
 _REPLY = _reply()
@@ -84,40 +120,51 @@ def slow_server() -> Iterator[str]:
 
 
 class Calls(NamedTuple):
-    """Share of the limit on requests that waited for an answer, CPU of this process a call, and calls a second."""
+    """Share of the limit on requests that was with the server, CPU of this process a call, and calls a second."""
 
     busy: float
     cpu_ms: float
     per_s: float
 
 
-def measure_calls(concurrency: int, calls: int, picture_bytes: int) -> Calls:
-    """As a stage makes them: one image's five calls after each other, `concurrency` images at a time."""
+def measure_calls(concurrency: int, seconds: float, picture_bytes: int) -> Calls:
+    """As a stage makes them: one image's five calls after each other, as many images in work as a stage has for so many requests at a
+    time. Of `seconds` in which all threads are at it, after two in which they begin."""
     jpeg = hashlib.shake_256(b"jpeg").digest(picture_bytes)
-    picture = Picture("a picture", lambda: jpeg)
+    over = threading.Event()
 
-    def chain(image: int) -> None:
-        for call in range(5):
-            ask = Ask(
-                f"Judge answer {call} about image {image}. " * 20,
-                [picture] if picture_bytes else [],
-                schema=SCHEMA,
-            )
-            client.chat(ask, image.to_bytes(8))
+    def chains(caller: int) -> None:
+        for image in itertools.count(caller << 32):
+            picture = Picture("a picture", lambda: jpeg)
+            for call in range(5):
+                if over.is_set():
+                    return
+                ask = Ask(
+                    f"Judge answer {call} about image {image}. " * 20,
+                    [picture] if picture_bytes else [],
+                    schema=SCHEMA,
+                )
+                client.chat(ask, image.to_bytes(8))
 
     with (
         slow_server() as url,
         ChatClient(url, "m", limits=Limits(concurrency=concurrency)) as client,
-        ThreadPoolExecutor(concurrency) as threads,
+        ThreadPoolExecutor(callers(concurrency)) as threads,
     ):
-        list(threads.map(chain, range(concurrency)))  # connections are opened
-        # Whole rounds, so that no thread idles at the end.
-        images = max(1, calls // (5 * concurrency)) * concurrency
-        began, cpu = time.perf_counter(), time.process_time()
-        list(threads.map(chain, range(images)))
-        took_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu
-    made = 5 * images
-    return Calls(made * LATENCY_S / (took_s * concurrency), 1000 * cpu_s / made, made / took_s)
+        done = [threads.submit(chains, caller) for caller in range(callers(concurrency))]
+        time.sleep(2)
+        before, cpu = _waited(url), time.process_time()
+        time.sleep(seconds)
+        after, cpu_s = _waited(url), time.process_time() - cpu
+        over.set()
+        for one in done:
+            one.result()
+    request_s, made, took_s = (after[place] - before[place] for place in range(3))
+    return Calls(request_s / (took_s * concurrency), 1000 * cpu_s / made, made / took_s)
+
+
+def _waited(url: str) -> Waited:
+    return Waited(*httpx.get(url, trust_env=False).json())
 
 
 class Lookups(NamedTuple):
@@ -158,19 +205,22 @@ def write_calls(folder: str, rows: int) -> None:
     ledger: Ledger[CallRow] = Ledger(storage_of(folder), CallRow)
     for start in range(0, rows, COMPACT_ROWS):
         numbers = range(start, min(rows, start + COMPACT_ROWS))
-        ledger.put([CallRow(_key(number), f"{number} {ANSWER}") for number in numbers], "token")
+        ledger.put(
+            [CallRow(_key(number), _key(number), f"{number} {ANSWER}", 900, 60) for number in numbers],
+            "token",
+        )
 
 
 def main() -> None:
     """Prints Markdown tables."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--calls", type=int, default=1500)
+    parser.add_argument("--seconds", type=float, default=6)
     parser.add_argument("--rows", type=int, default=1_000_000)
     arguments = parser.parse_args()
     print(describe("httpx", "orjson", "tenacity", "pyarrow"))
     print("| at a time | picture | limit kept busy | CPU ms a call | calls/s |\n|---|---|---|---|---|")
     for concurrency, picture_bytes in ((8, 60_000), (32, 60_000), (64, 60_000), (64, 0)):
-        found = measure_calls(concurrency, arguments.calls, picture_bytes)
+        found = measure_calls(concurrency, arguments.seconds, picture_bytes)
         size = f"{picture_bytes // 1000} KB" if picture_bytes else "none"
         print(f"| {concurrency} | {size} | {found.busy:.3f} | {found.cpu_ms:.2f} | {found.per_s:.0f} |")
     with tempfile.TemporaryDirectory() as folder:

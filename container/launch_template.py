@@ -2,7 +2,7 @@
 
 import sys
 
-from beam_pipelines.template_main import main
+from beam_pipelines.cloud.template_main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,10 +9,10 @@ import json
 import sys
 from pathlib import Path
 
-from beam_pipelines.codes import CODES
-from beam_pipelines.dataflow import DataflowOptions
+from beam_pipelines.cloud.dataflow import DataflowOptions
+from beam_pipelines.cloud.template import spec
+from beam_pipelines.codes import CODES, FAILURES
 from beam_pipelines.options import StreamOptions, flag
-from beam_pipelines.template import spec
 
 DOCS = Path(__file__).parent
 
@@ -74,11 +74,16 @@ def codes_page() -> str:
     lines = [
         "# Reason codes",
         "",
-        "The `code` column of `decisions` and `dead`: stable names for what became of an image, a sample or a call.",
+        "The `code` column of `decisions` and `dead`: stable names for what became of an image, a sample or a call. What is dead failed, and",
+        "`--max-error-rate CODE=FRACTION` may name its code: of the references, samples or conversations that came to a stage no more than that fraction",
+        "may fail there so, else the run ends with exit code 3 before the next stage.",
         "",
-        "| code | meaning |",
-        "|---|---|",
-        *(f"| `{code}` | {meaning} |" for code, meaning in CODES.items()),
+        "| code | dead | meaning |",
+        "|---|---|---|",
+        *(
+            f"| `{code}` | {'yes' if code in FAILURES else ''} | {meaning} |"
+            for code, meaning in CODES.items()
+        ),
     ]
     return "\n".join(lines) + "\n"
 

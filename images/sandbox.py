@@ -13,8 +13,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from images.decode import Decoded, DecodeMode, Limits, decode
 from images.sandbox_child import Caps, Slot
@@ -39,10 +40,17 @@ def memory_for(limits: Limits) -> int:
     return (256 << 20) + 20 * limits.max_pixels + 2 * limits.max_bytes
 
 
-class _Task(NamedTuple):
+@dataclass(eq=False)
+class _Task:
+    """`attempts`: how often a worker had it in hand."""
+
     work: bytes
     encoded: bytes
     future: "Future[Any]"
+    attempts: int = 0
+
+    def settle(self, result: Any) -> None:
+        self.future.set_result(result.after(self.attempts) if isinstance(result, BadData) else result)
 
 
 class DecodePool:
@@ -289,10 +297,11 @@ class _Desk:
         self._given.popleft()
         self._tired = self._tired or worker.is_bloated(number)
         for task, result in zip(batch, results, strict=True):
+            task.attempts += 1
             if isinstance(result, Shortage):
                 self._again.append(task)
             else:
-                task.future.set_result(result)
+                task.settle(result)
 
     def _lost(self, died: Died, fresh: bool) -> None:
         """A worker died. Raises where no image can be blamed, unless it was killed from outside, and not over and over."""
@@ -311,6 +320,8 @@ class _Desk:
     def _one_by_one(self, batch: list[_Task], hand: int) -> None:
         """Settle a batch that a worker died with: the image in hand first."""
         suspect = batch[hand] if 0 <= hand < len(batch) else None
+        if suspect is not None:
+            suspect.attempts += 1
         # Where it is innocent, one before it did damage that showed late: then each gets a worker of its own.
         guilty = suspect is not None and not self._alone(suspect)
         for task in batch:
@@ -330,20 +341,22 @@ class _Desk:
                 (result,) = worker.wait(0, 1)
             except Died as died:
                 self._lost(died, fresh)
+                task.attempts += died.begun
                 if not fresh or not died.begun:
                     continue
                 if died.by_strangers and spared < _SPARED:
                     spared += 1
                     continue
-                task.future.set_result(died.verdict(self._caps))
+                task.settle(died.verdict(self._caps))
                 return False
             self._stillborn = 0
+            task.attempts += 1
             if not isinstance(result, Shortage):
-                task.future.set_result(result)
+                task.settle(result)
                 return True
             self._dismiss()
             if fresh:
-                task.future.set_result(result.verdict())
+                task.settle(result.verdict())
                 return True
 
 

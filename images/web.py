@@ -299,7 +299,7 @@ class Web:
 
     async def _with_retries(self, target: Target, ticket: _Ticket) -> bytes:
         budget_s = _BUDGET_ATTEMPTS * self.options.timeout_s
-        failures = 0
+        failures = 0  # attempts before this one
         while True:
             try:
                 return await self._attempt(
@@ -309,6 +309,8 @@ class Web:
                 # Not kept waiting half read: it would hold a slot that the url in front may need.
                 self._held.release(ticket)
                 await self._held.room(ticket, full.needed)
+            except BadData as final:
+                raise final.after(failures + 1) from None
             except Passing as passing:
                 self._held.release(ticket)
                 # Full jitter, so that those turned away together do not come back together.
@@ -317,7 +319,7 @@ class Web:
                 failures += 1
                 over = ticket.spent_s + wait_s >= budget_s
                 if over or failures > self.options.retries or passing.retry_after_s > _MAX_RETRY_AFTER_S:
-                    raise passing.failure from None
+                    raise passing.failure.after(failures) from None
                 ticket.spent_s += wait_s
                 await asyncio.sleep(wait_s)
 

@@ -24,7 +24,7 @@ from shards import gcs
 from shards.crash import crash_point
 from shards.errors import BadRequest, CommitConflict
 from shards.ranges import RangeStream
-from shards.storage import RandomAccess, Storage, Stored
+from shards.storage import Storage, Stored
 
 _UPLOAD_BYTES = 8 << 20
 """Memory of an upload: what is larger goes up in pieces of this. The client's own default is 100 MiB."""
@@ -84,7 +84,7 @@ class BucketStorage(Storage):
             raise FileNotFoundError(f"{self.root}/{path}: not there")
         return int(found.size)
 
-    def open(self, path: str) -> RandomAccess:
+    def open(self, path: str) -> "_BucketFile":
         return _BucketFile(self, path)
 
     def stream(self, path: str) -> BinaryIO:
@@ -201,7 +201,7 @@ class _BucketFile:
 class _BucketStream(RangeStream):
     """A file. Not bound to a generation: a rerun may put the same content again meanwhile."""
 
-    def __init__(self, file: RandomAccess, num_bytes: int) -> None:
+    def __init__(self, file: _BucketFile, num_bytes: int) -> None:
         super().__init__(num_bytes)
         self._file = file
 

@@ -33,7 +33,7 @@ class SampleDataset:
 
     def __getitem__(self, position: int) -> Example:
         """The sample at `position` in [0, len). Raises IndexError past the end, CorruptShard for damaged bytes."""
-        document = self._conversations.read_rank(range(len(self))[position])
+        document = self._conversations.read_rank(position)
         body = orjson.loads(document)
         return Example(
             hashlib.sha256(document).digest(),

@@ -5,7 +5,8 @@ exit 2); a broken machine, model or folder raises one of the others (exit 1). Mo
 `AbortedByLimit` (exit 3).
 """
 
-from typing import Any
+import copy
+from typing import Any, Self
 
 
 class ShardmillError(Exception):
@@ -16,16 +17,23 @@ class BadData(ShardmillError):
     """One item cannot be used: its fate is a dead letter with `code`; nothing else is lost.
 
     `code` is stable and documented in docs/codes.md; the message is for people; `item_id` is the id of the content, empty where
-    it was never read.
+    it was never read; `attempts` is how often it was tried before it was given up, 0 where nothing was tried.
     """
 
-    def __init__(self, code: str, message: str, item_id: bytes = b"") -> None:
+    def __init__(self, code: str, message: str, item_id: bytes = b"", attempts: int = 1) -> None:
         super().__init__(message)
         self.code = code
         self.item_id = item_id
+        self.attempts = attempts
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.code, str(self), self.item_id)
+        return type(self), (self.code, str(self), self.item_id, self.attempts)
+
+    def after(self, attempts: int) -> Self:
+        """This failure, after so many attempts."""
+        failure = copy.copy(self)  # several may share one, as the urls of a host that is not known
+        failure.attempts = attempts
+        return failure
 
 
 class BadRequest(ShardmillError):

@@ -4,7 +4,6 @@ import hashlib
 import os
 import urllib.parse
 from pathlib import Path
-from typing import BinaryIO
 
 from shards.crash import crash_point
 
@@ -72,9 +71,4 @@ def path_of(uri: str) -> Path:
 def sha256_of(path: Path) -> str:
     """sha256 of a file's content in hex."""
     with path.open("rb") as stream:
-        return sha256_of_stream(stream)
-
-
-def sha256_of_stream(stream: BinaryIO) -> str:
-    """sha256 in hex of all that an open file has left."""
-    return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]  # a binary file has readinto
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -5,7 +5,6 @@ its name the sample_id). Records are sorted by id. The index is an array of fixe
 tells where everything lies.
 """
 
-import hashlib
 import itertools
 import os
 import struct
@@ -27,6 +26,8 @@ from shards.storage import RandomAccess, Storage
 
 INDEX_ROW = np.dtype([("id", "V32"), ("offset", "<u8"), ("length", "<u8")])
 """One row of an index, 48 bytes: the id, where the framed record starts, and how many bytes it spans."""
+INDEX_STRUCT = struct.Struct("<32sQQ")
+"""The same row, for one at a time."""
 _HALVES = struct.Struct(">QQ")
 _INDEX_READERS = 8
 """Indexes read side by side: in a bucket each is a wait of tens of milliseconds."""
@@ -135,13 +136,6 @@ def read_index(storage: Storage, path: str) -> npt.NDArray[np.void]:
     return np.frombuffer(data, INDEX_ROW)
 
 
-def read_pack(storage: Storage, path: str) -> Iterator[tuple[bytes, bytes]]:
-    """(id, data) of a pack in order, every checksum checked; the id is computed from the data."""
-    with storage.stream(path) as stream:
-        for data in tfrecord.read_records(stream, f"{storage.root}/{path}"):
-            yield hashlib.sha256(data).digest(), data
-
-
 class _Table(NamedTuple):
     """Where every record lies, sorted by id, in columns of N: an id's bytes 0 to 8 and 8 to 16 (128 bits of a sha256 tell any two
     records apart), number of the pack, offset and length of the framed record."""
@@ -186,7 +180,7 @@ class PackReader:
         return self.read_rank(self._rank(record_id))
 
     def read_rank(self, rank: int) -> bytes:
-        """The record of the `rank`-th smallest id, its checksums checked."""
+        """The record of the `rank`-th smallest id, counted from the end where negative, its checksums checked. Raises IndexError, CorruptShard."""
         table = self._located or self._table
         pack, offset, length = table.pack[rank], table.offset[rank], table.length[rank]
         framed = self._read(pack, offset, length)
@@ -229,7 +223,7 @@ class PackReader:
             rank += 1
         return None
 
-    def _read(self, pack: int, offset: int, length: int) -> bytes:
+    def _read(self, pack: int, offset: int, length: int) -> bytes | memoryview:
         file = self._open.get(pack)
         try:
             if file is not None:

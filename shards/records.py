@@ -300,7 +300,11 @@ class Decision(NamedTuple):
 
 
 class DeadLetter(NamedTuple):
-    """Something that failed, where and why. `message` goes to metrics, never into a snapshot."""
+    """Something that failed, where and why.
+
+    `message`, `attempts` (how often it was tried in this run; 0 where the ledger knew, or nobody might be asked) and `uri` (where the
+    bytes were to be had) depend on the weather and the machine: they go to metrics and the log, never into a snapshot.
+    """
 
     id: bytes
     stage: str
@@ -309,6 +313,8 @@ class DeadLetter(NamedTuple):
     name: str
     offset: int
     message: str
+    attempts: int = 1
+    uri: str = ""
 
 
 class ShardFile(NamedTuple):

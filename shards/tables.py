@@ -153,7 +153,7 @@ def decisions_table(decisions: Sequence[Decision]) -> pa.Table:
 
 
 def dead_table(letters: Sequence[DeadLetter]) -> pa.Table:
-    """Dead letters as a table of `DEAD_SCHEMA`, in the order given; messages are left out."""
+    """Dead letters as a table of `DEAD_SCHEMA`, in the order given; messages, attempts and uris are left out."""
     rows = [{**letter._asdict(), "id": letter.id.hex()} for letter in letters]
     return pa.Table.from_pylist(rows, schema=DEAD_SCHEMA)
 

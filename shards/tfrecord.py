@@ -6,7 +6,7 @@ of those 8 bytes, the data, and the masked CRC32C of the data.
 
 import struct
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Protocol
 
 import google_crc32c
 
@@ -29,17 +29,17 @@ def frame(data: bytes) -> tuple[bytes, bytes]:
     return length + struct.pack("<I", _masked_crc(length)), struct.pack("<I", _masked_crc(data))
 
 
-def unframe(framed: bytes, path: str, record: int | None = None) -> bytes:
-    """The data of one framed record. Raises CorruptShard where a length or checksum does not fit."""
+def unframe(framed: bytes | memoryview, path: str, record: int | None = None) -> bytes:
+    """The data of one framed record, a copy. Raises CorruptShard where a length or checksum does not fit."""
     size = len(framed)
     if size < FRAME_BYTES:
         raise CorruptShard(path, f"record cut short at {size} bytes", record)
     length, length_crc = _HEADER.unpack_from(framed)
-    if _masked_crc(framed[:8]) != length_crc:
+    if _masked_crc(bytes(framed[:8])) != length_crc:
         raise CorruptShard(path, "length checksum differs", record)
     if size != length + FRAME_BYTES:
         raise CorruptShard(path, f"record of {length} bytes, {size - FRAME_BYTES} there", record)
-    data = framed[HEADER_BYTES:-4]
+    data = bytes(framed[HEADER_BYTES:-4])
     if _masked_crc(data) != _CRC.unpack_from(framed, size - 4)[0]:
         raise CorruptShard(path, "data checksum differs", record)
     return data
@@ -55,7 +55,11 @@ def data_length(header: bytes, path: str, record: int | None = None) -> int:
     return int(length)
 
 
-def read_records(stream: BinaryIO, path: str) -> Iterator[bytes]:
+class Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+def read_records(stream: Readable, path: str) -> Iterator[bytes]:
     """Records of a TFRecord stream in order, each checked. Raises CorruptShard, naming the record."""
     record = 0
     while header := stream.read(HEADER_BYTES):

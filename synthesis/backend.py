@@ -1,6 +1,8 @@
 """What synthesis asks of a model, whatever serves it: one request, one reply, and failures with stable codes."""
 
+import base64
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from shards.errors import BadData
@@ -21,17 +23,26 @@ class VlmFailure(BadData):
         self.transient, self.retry_after_s = transient, retry_after_s
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return VlmFailure, (self.code, self.message, self.status, self.transient, self.retry_after_s)
+        failure = (self.code, self.message, self.status, self.transient, self.retry_after_s)
+        return VlmFailure, failure, {"attempts": self.attempts}
 
 
-class Picture(NamedTuple):
+@dataclass(eq=False)
+class Picture:
     """An image of a request. `recipe` determines the JPEG bytes that `load` makes: which image, and how it was decoded and re-encoded.
 
-    So a call is known by its recipe, and one that was answered before needs no pixels.
+    So a call is known by its recipe, and one that was answered before needs no pixels. A chain sends one picture with most of its
+    calls: in base64 it is made once.
     """
 
     recipe: str
     load: Callable[[], bytes]
+    _base64: bytes = field(default=b"", init=False, repr=False)
+
+    def base64(self) -> bytes:
+        if not self._base64:
+            self._base64 = base64.b64encode(self.load())
+        return self._base64
 
 
 class Ask(NamedTuple):

@@ -44,6 +44,11 @@ class Found(NamedTuple):
     note: str
 
 
+def call_budget_s(timeout_s: float) -> float:
+    """Seconds of one call over all its attempts: time for two that the server never ends."""
+    return max(300.0, 2.5 * timeout_s)
+
+
 def find_backend(wanted: BackendOptions) -> Found:
     """Probe what is wanted. Raises BadRequest where it cannot be used as asked."""
     limits = check_limits(wanted.limits)
@@ -52,8 +57,7 @@ def find_backend(wanted: BackendOptions) -> Found:
         wanted.model,
         wanted.api_key_env,
         wanted.timeout_s,
-        # Time for two attempts that the server never ends.
-        budget_s=max(300.0, 2.5 * wanted.timeout_s),
+        budget_s=call_budget_s(wanted.timeout_s),
         limits=limits,
         run=wanted.run,
     )

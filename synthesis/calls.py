@@ -48,8 +48,12 @@ class KnownCalls:
         else:
             if self._backend is None:
                 raise VlmFailure("vlm_unanswered", "no answer is in the ledger")
+            try:
+                reply = self._backend.chat(ask, affinity or self._image_id)
+            except VlmFailure as failure:
+                self.asked += failure.code != "vlm_over_budget"  # which no server has seen
+                raise
             self.asked += 1
-            reply = self._backend.chat(ask, affinity or self._image_id)
             if ask.schema:
                 json_of(reply.text, ask.schema)
             row = CallRow(key, self._image_id, reply.text, reply.prompt_tokens, reply.completion_tokens)

@@ -1,8 +1,6 @@
 """A client of OpenAI-compatible chat servers: images and a text in, text or JSON out, every failure with a stable code."""
 
-import base64
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +12,7 @@ import orjson
 import tenacity
 
 from shards.errors import BadRequest
-from synthesis.backend import Ask, Reply, VlmFailure
+from synthesis.backend import Ask, Picture, Reply, VlmFailure
 from synthesis.limits import UNLIMITED, Limits, Meter, Spent
 from synthesis.replicas import LOST_STATUSES, Replicas, Turn
 from synthesis.server import Server, answer_of, normalised, usage_of
@@ -157,7 +155,8 @@ class ChatClient:
         try:
             return fitting_reply(reply, ask.schema, again)
         except DoesNotFit as error:
-            raise VlmFailure("vlm_bad_json", f"{error}: {error.answer[:200]!r}") from None
+            unfit = VlmFailure("vlm_bad_json", f"{error}: {error.answer[:200]!r}")
+            raise unfit.after(2) from None  # each of them answered
 
     def _states(self, ask: Ask) -> bool:
         return bool(ask.schema) and not self.obeys_schema
@@ -171,7 +170,7 @@ class ChatClient:
             "seed": ask.seed,
         }
         if ask.schema and self.obeys_schema:
-            named = {"name": "answer", "strict": True, "schema": json.loads(ask.schema)}
+            named = {"name": "answer", "strict": True, "schema": orjson.Fragment(ask.schema)}
             body["response_format"] = {"type": "json_schema", "json_schema": named}
         sent, meter = orjson.dumps(body), self._state().meter
         call = _Call(self.clock() + self.budget_s)
@@ -179,6 +178,7 @@ class ChatClient:
             reply: Reply = self._attempts(call)(self._attempt, ask, sent, affinity, call)
         except VlmFailure as failure:
             meter.call_failed(failure)
+            failure.attempts = call.attempts
             raise
         meter.call_succeeded()
         return reply
@@ -207,6 +207,7 @@ class ChatClient:
         server = opened.servers[turn.replica]
         try:
             with self._in_turn(call):
+                call.attempts += 1
                 said = server.complete(sent, max(0.001, min(self.timeout_s, call.end - self.clock())))
             usage = usage_of(said)
             opened.meter.charge(ask, *usage)
@@ -270,9 +271,10 @@ class ChatClient:
 
 @dataclass
 class _Call:
-    """When a call's own time is over, by the client's clock."""
+    """When a call's own time is over, by the client's clock, and how often a server was asked."""
 
     end: float
+    attempts: int = 0
 
 
 def _content(ask: Ask, text: str) -> Any:
@@ -280,11 +282,14 @@ def _content(ask: Ask, text: str) -> Any:
     text = text.encode(errors="replace").decode()
     if not ask.pictures:
         return text
-    content: list[dict[str, Any]] = []
-    for picture in ask.pictures:
-        url = "data:image/jpeg;base64," + base64.b64encode(picture.load()).decode()
-        content.append({"type": "image_url", "image_url": {"url": url}})
-    return [*content, {"type": "text", "text": text}]
+    pictures = [_image_part(picture) for picture in ask.pictures]
+    return [*pictures, {"type": "text", "text": text}]
+
+
+def _image_part(picture: Picture) -> orjson.Fragment:
+    """An image as a message holds it; a fragment is not looked at again, letter by letter."""
+    start = b'{"type":"image_url","image_url":{"url":"data:image/jpeg;base64,'
+    return orjson.Fragment(b"".join((start, picture.base64(), b'"}}')))
 
 
 class _Wait(tenacity.wait.wait_base):

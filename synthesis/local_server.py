@@ -101,15 +101,17 @@ def _stop_child(child: subprocess.Popen[bytes]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve until standard input closes or SIGTERM or SIGINT arrives. Prints one line of JSON when ready."""
+    """Serve until standard input closes (without `--stay`) or SIGTERM or SIGINT arrives. Prints one line of JSON when ready."""
     parser = argparse.ArgumentParser(prog="python -m synthesis.local_server", description=__doc__)
     parser.add_argument("--port", type=int, default=0, help="0 takes a free port")
-    port = parser.parse_args(argv).port
-    _end_with_parent()
+    parser.add_argument("--stay", action="store_true", help="do not end where standard input does")
+    arguments = parser.parse_args(argv)
+    end_with_parent()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    threading.Thread(target=_watch_stdin, args=(stop,), daemon=True).start()
+    if not arguments.stay:
+        threading.Thread(target=_watch_stdin, args=(stop,), daemon=True).start()
     try:
         weights = find_weights()
     except BadRequest as error:
@@ -118,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     # llama.cpp prints to standard output, which here carries one line of JSON and nothing else.
     announce = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    server = _serve(weights, port)
+    server = _serve(weights, arguments.port)
     print(json.dumps({"base_url": server.listening_address}), file=announce, flush=True)
     # A signal that arrives as an endless wait begins is seen only when the wait ends.
     while not stop.wait(0.5):
@@ -148,7 +150,8 @@ def _serve(weights: Path, port: int) -> Any:
     return xllamacpp.Server(params)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Ask for SIGTERM when the process that started this one is gone. On Linux alone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 

@@ -5,6 +5,7 @@ import json
 import os
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +22,6 @@ RETRIED_STATUSES = frozenset({408, 409, 425, 429})
 # Below the 5 s after which uvicorn, and so vLLM and SGLang, drop an idle connection: a request on one that just went is lost.
 _KEEPALIVE_S = 4.0
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-_JSON = {"content-type": "application/json"}
 
 
 def normalised(base_url: str) -> str:
@@ -47,38 +47,42 @@ class Server:
 
     def __init__(self, base_url: str, api_key_env: str = "") -> None:
         self.base_url, self.api_key_env = base_url, api_key_env
-        self._headers: dict[str, str] | None = None
-        # Each serves one request at a time: a pool of many connections looks at all of them for every request.
-        self._idle: list[httpx.Client] = []
+        self._headers: httpx.Headers | None = None
+        # Each serves one request at a time: a pool of many connections looks at all of them for every request. No clients: for each
+        # request one merges urls, headers, cookies and what else does not change here.
+        self._idle: list[httpx.HTTPTransport] = []
         self._tls = httpx.create_ssl_context() if base_url.startswith("https") else False
+        self._urls: dict[str, httpx.URL] = {}
         self._lock = threading.Lock()
 
     def open(self) -> None:
         """Read the key. Raises BadRequest if it is named and cannot be had."""
         with self._lock:
-            if self._headers is None:
-                self._headers = self._read_headers()
+            self._opened_headers()
 
-    def _read_headers(self) -> dict[str, str]:
+    def _opened_headers(self) -> httpx.Headers:
+        """With the lock held."""
+        if self._headers is None:
+            self._headers = self._read_headers()
+        return self._headers
+
+    def _read_headers(self) -> httpx.Headers:
         # Identity: a compressed body could unpack to far more than the size cap before it is seen.
-        headers = {"accept-encoding": "identity"}
+        headers = httpx.Headers({"accept": "*/*", "accept-encoding": "identity", "user-agent": "shardmill"})
         if self.api_key_env:
             headers["authorization"] = f"Bearer {read_key(self.api_key_env)}"
         return headers
 
     @contextlib.contextmanager
-    def _connection(self) -> Iterator[httpx.Client]:
-        self.open()
+    def _connection(self) -> Iterator[tuple[httpx.HTTPTransport, httpx.Headers]]:
         with self._lock:
-            headers = self._headers
+            headers = self._opened_headers()
             http = self._idle.pop() if self._idle else None
         if http is None:
-            # A proxy named in the environment is for the network, never for this machine.
-            trust_env = httpx.URL(self.base_url).host not in _LOOPBACK
             limits = httpx.Limits(keepalive_expiry=_KEEPALIVE_S)
-            http = httpx.Client(headers=headers, trust_env=trust_env, limits=limits, verify=self._tls)
+            http = httpx.HTTPTransport(verify=self._tls, limits=limits, proxy=_proxy_for(self.base_url))
         try:
-            yield http
+            yield http, headers
         finally:
             with self._lock:
                 kept = self._headers is headers
@@ -130,33 +134,51 @@ class Server:
         self, method: str, path: str, body: bytes | None, limit_s: float
     ) -> tuple[int, httpx.Headers, bytes]:
         deadline = time.monotonic() + limit_s
-        headers = None if body is None else _JSON
-        with (
-            self._connection() as http,
-            http.stream(
-                method, self.base_url + path, content=body, headers=headers, timeout=limit_s
-            ) as response,
-        ):
-            if response.headers.get("content-encoding", "identity") != "identity":
-                raise VlmFailure("vlm_bad_response", "the body is compressed although identity was asked for")
-            raw = bytearray()
-            for piece in response.iter_raw():
-                raw += piece
-                if len(raw) > MAX_RESPONSE_BYTES:
+        timeout = httpx.Timeout(limit_s).as_dict()
+        with self._connection() as (http, headers):
+            request = httpx.Request(
+                method, self._url(path), headers=headers, content=body, extensions={"timeout": timeout}
+            )
+            if body is not None:
+                request.headers["content-type"] = "application/json"
+            with contextlib.closing(http.handle_request(request)) as response:
+                if response.headers.get("content-encoding", "identity") != "identity":
                     raise VlmFailure(
-                        "vlm_bad_response", f"the body is larger than {MAX_RESPONSE_BYTES} bytes"
+                        "vlm_bad_response", "the body is compressed although identity was asked for"
                     )
-                # httpx limits each read, not their sum.
-                if time.monotonic() > deadline:
-                    raise httpx.ReadTimeout("the body came too slowly")
-            return response.status_code, response.headers, bytes(raw)
+                raw = bytearray()
+                for piece in response.iter_raw():
+                    raw += piece
+                    if len(raw) > MAX_RESPONSE_BYTES:
+                        raise VlmFailure(
+                            "vlm_bad_response", f"the body is larger than {MAX_RESPONSE_BYTES} bytes"
+                        )
+                    # httpx limits each read, not their sum.
+                    if time.monotonic() > deadline:
+                        raise httpx.ReadTimeout("the body came too slowly")
+                return response.status_code, response.headers, bytes(raw)
+
+    def _url(self, path: str) -> httpx.URL:
+        if path not in self._urls:
+            self._urls[path] = httpx.URL(self.base_url + path)
+        return self._urls[path]
 
     def _redacted(self, text: object) -> str:
         """Servers and proxies may quote the request: its key must not reach a log through an error message."""
         with self._lock:
-            headers = self._headers or {}  # none where another thread has closed meanwhile
+            headers = self._headers or httpx.Headers()  # none where another thread has closed meanwhile
         key = headers.get("authorization", "").removeprefix("Bearer ") or os.environ.get(self.api_key_env, "")
         return str(text).replace(key, "[key]") if key else str(text)
+
+
+def _proxy_for(base_url: str) -> str | None:
+    """The proxy that the environment names for a server: for the network, never for this machine."""
+    url = httpx.URL(base_url)
+    if url.host in _LOOPBACK or urllib.request.proxy_bypass(url.netloc.decode()):
+        return None
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    return proxy if not proxy or "://" in proxy else f"http://{proxy}"
 
 
 def _failure_of(status: int, headers: httpx.Headers, body: str) -> VlmFailure:

@@ -15,7 +15,7 @@ from images.decode import Limits
 from images.sandbox import shared_pool
 from tests.loopback_gcs import gcs, gcs_server  # noqa: F401  (fixtures)
 from tests.loopback_s3 import s3, s3_server  # noqa: F401  (fixtures)
-from tests.quick_beam import ask_once
+from tests.quick_beam import ask_once, collect_little
 
 if TYPE_CHECKING:
     from synthesis.local import LocalVlm
@@ -33,6 +33,7 @@ def corpus() -> list[Path]:
 @pytest.fixture(scope="session", autouse=True)
 def quick_beam() -> None:
     ask_once()
+    collect_little()
 
 
 @pytest.fixture(scope="session", autouse=True)

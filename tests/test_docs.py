@@ -56,7 +56,7 @@ def test_flags_that_the_docs_name_exist(page: Path) -> None:
         *("--config", "--substitutions", "--build-arg"),  # of gcloud and docker
         *("--s3_access_key_id", "--s3_secret_access_key", "--s3_region_name", "--s3_endpoint_url"),
         *("--rounds", "--images", "--originals", "--queries", "--plot", "--clusters", "--samples", "--only"),
-        *("--lookalikes", "--encoder", "--shape", "--side", "--tokens"),
+        *("--lookalikes", "--encoder", "--shape", "--side", "--tokens", "--after-limit"),
         *("--day", "--pilot", "--check", "--planned", "--encoded-bytes", "--decode-ms", "--dimensions"),
         *("--duplicates", "--calls", "--hot", "--worker-gb"),
         *(
@@ -70,6 +70,7 @@ def test_flags_that_the_docs_name_exist(page: Path) -> None:
             "--parallelism",
             "--experiments",
             "--environment_cache_millis",
+            "--finish_bundle_before_checkpointing",
             "--sdk_worker_parallelism",
             "--prism_location",
         ),
@@ -81,7 +82,7 @@ def test_flags_that_the_docs_name_exist(page: Path) -> None:
             "--max_bundle_size",
         ),
         *("--flink-master", "--job-port", "--service_port"),  # of Beam's job server and worker pool
-        *("--host", "--port", "--limit-mm-per-prompt"),  # of vllm
+        *("--host", "--port"),  # of vllm
     }
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()))
     assert named <= known, named - known

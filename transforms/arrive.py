@@ -20,7 +20,7 @@ from apache_beam.utils.timestamp import Duration
 
 from images.fetch import Reach
 from images.notices import parse_notice
-from images.sources import files_of, is_beside, origin_of
+from images.sources import files_of, origin_of
 from images.sources.source import Source, Unreadable
 from shards.errors import BadData
 from shards.ids import digest
@@ -29,7 +29,7 @@ from shards.records import MediaRef, Origin, SourceImage
 from shards.snapshot import Destination, open_by_id
 from shards.storage import storage_of
 from transforms.fates import DEAD, DECISIONS, Outcome, died
-from transforms.filesystems import AllFiles, fetcher_of
+from transforms.filesystems import AllFiles, fetcher_of, would_list
 
 STAGE = "arrive"
 NOTICES = "notices"
@@ -60,10 +60,10 @@ def arrival_of(message: Any, sources: Sequence[Source]) -> Arrival | None:
     except BadData as error:
         unknown = SourceImage(Origin(0, NOTICES, message.message_id or "", 0), MediaRef("", 0, 0))
         return Arrival(unknown, 0, error.code, str(error))
-    if notice is None or is_beside(notice.uri):
+    if notice is None:
         return None
     for source in sources:
-        if notice.uri.startswith(f"{source.folder.rstrip('/')}/"):
+        if would_list(source, notice.uri):
             image = SourceImage(origin_of(source, notice.uri), MediaRef(notice.uri, 0, -1))
             return Arrival(image, notice.event_ms)
     return None
@@ -192,6 +192,7 @@ class _First(beam.DoFn):
             Metrics.counter(STAGE, "again").inc()
             return
         seen.write(True)
+        Metrics.counter(STAGE, "first").inc()
         # Never past the close of its window, and never ahead of the clock, whatever the notice says.
         when = min(max(arrival.event_ms / 1000, now - self._windows.lateness_s), now)
         yield TimestampedValue(arrival, when)
@@ -204,7 +205,8 @@ class _First(beam.DoFn):
 class _Split(beam.DoFn):
     def process(self, arrival: Arrival) -> Iterator[Any]:
         if arrival.code:
-            yield from died("image", b"", STAGE, arrival.code, arrival.image.origin, arrival.message)
+            error = BadData(arrival.code, arrival.message)
+            yield from died("image", b"", STAGE, error, arrival.image.origin, arrival.image.ref.uri)
         else:
             yield arrival.image
 

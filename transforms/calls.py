@@ -32,10 +32,17 @@ from transforms.progress import ProgressFile
 COUNTER = "calls"
 _WAITING = 2
 """Images that are taken from the runner for each one in work, so that no thread waits for the next."""
+_SPARE = 4
+"""One image more is in work for so many requests at a time: while one reads its answer, renders a prompt or decodes, another's is sent."""
+
+
+def callers(concurrency: int) -> int:
+    """Threads, and so images in work, that keep so many requests going."""
+    return concurrency + -(-concurrency // _SPARE)
 
 
 class Backend(NamedTuple):
-    """Who is asked, and how: at most `max_pixels` pixels of an image are sent, none where that is None; `concurrency` images at
+    """Who is asked, and how: at most `max_pixels` pixels of an image are sent, none where that is None; `concurrency` requests at
     a time per worker. `known` are the segments of calls at the start, of this folder's ledger and of others; `revision` is the
     user's name for the model's weights."""
 
@@ -70,10 +77,11 @@ class Chain(Protocol):
 
 
 class Failure(NamedTuple):
-    """Why the calls about an item ended before their time."""
+    """Why the calls about an item ended before their time, and how often the last of them was tried."""
 
     code: str
     message: str
+    attempts: int
 
 
 def _unseen(image_id: bytes, source_image: SourceImage, max_pixels: int) -> Picture:
@@ -100,7 +108,7 @@ class _Call(beam.DoFn):
         self._progress_folder, self._activity = progress, activity
 
     def setup(self) -> None:
-        self._callers = ThreadPoolExecutor(self._backend.concurrency)
+        self._callers = ThreadPoolExecutor(callers(self._backend.concurrency))
         self._pool = decoders_of(self._backend.reach)
         self._picture_of = functools.partial(
             picture_of,
@@ -127,7 +135,7 @@ class _Call(beam.DoFn):
         try:
             self._chain.run(item, calls, self._picture_of)
         except BadData as error:
-            failure = item_id, Failure(error.code, str(error))
+            failure = item_id, Failure(error.code, str(error), error.attempts)
         return _Answered(calls.known, calls.asked, failure)
 
     def _finished(self, may_wait: int) -> Iterator[Any]:
@@ -171,7 +179,9 @@ class _Read(beam.DoFn):
 
     def process(self, joined: tuple[bytes, Mapping[str, Iterable[Any]]]) -> Iterator[Any]:
         item_id, groups = joined
-        failures = [BadData(*failure) for failure in groups["failures"]]
+        failures = [
+            BadData(code, message, attempts=attempts) for code, message, attempts in groups["failures"]
+        ]
         rows = list(groups["rows"])
         for item in groups["items"]:
             try:

@@ -16,6 +16,7 @@ from embeddings.contamination import BenchmarkCounts
 from shards.records import DeadLetter, Decision, Sample, ShardFile
 from shards.snapshot import KINDS, Destination, Manifest, commit, funnel_of, snapshot_id_of
 from synthesis.taxonomy import groups_of
+from transforms.fates import told
 
 MESSAGES_PER_CODE = 5
 _VERSIONED = ("shardmill", "apache-beam", "pyarrow", "pillow", "torch", "timm", "numpy")
@@ -145,20 +146,10 @@ def plan_by_level(planned: Mapping[str, int], realised: Mapping[str, int]) -> di
     return table
 
 
-def _metrics_json(
-    manifest: Manifest,
-    messages: Iterable[tuple[str, list[DeadLetter]]],
-    searched: Sequence[str],
-    questions: Mapping[str, Any],
-    plan: Mapping[str, Any],
-    facts: RunFacts,
+def metrics_json(
+    manifest: Manifest, failures: Mapping[str, Any], facts: RunFacts, more: Mapping[str, Any]
 ) -> bytes:
-    failures = {
-        code: [
-            {"source": letter.source, "name": letter.name, "message": letter.message} for letter in letters
-        ]
-        for code, letters in sorted(messages)
-    }
+    """metrics.json of what `manifest` commits. `failures` are a few letters of each `stage/code`, as `told` tells them."""
     body = {
         "snapshot_id": manifest.snapshot_id,
         "funnels": {unit: funnel._asdict() for unit, funnel in manifest.funnels.items()},
@@ -166,9 +157,7 @@ def _metrics_json(
         "synthesised": manifest.synthesised,
         "decontaminated": dict(manifest.decontaminated),
         "failures": failures,
-        "searched": searched,
-        "questions": questions,
-        "plan": plan,
+        **more,
         **facts.metrics,
     }
     return json.dumps(body, sort_keys=True, indent=1).encode() + b"\n"
@@ -210,7 +199,9 @@ class _Commit(beam.DoFn):
         earlier = json.loads(self._to.storage.read_if_there("metrics.json") or "{}").get("questions", {})
         asked = questions_told(dict(questions), earlier)
         plan = plan_by_level(dict(planned), dict(realised))
-        metrics = _metrics_json(named, messages, sorted(searched), asked, plan, self._facts)
+        failures = {code: [told(letter) for letter in letters] for code, letters in sorted(messages)}
+        more = {"searched": sorted(searched), "questions": asked, "plan": plan}
+        metrics = metrics_json(named, failures, self._facts, more)
         manifest = commit(self._to, self._facts.base, unnamed)
         self._to.storage.write("metrics.json", metrics)
         yield manifest.snapshot_id

@@ -161,7 +161,7 @@ class _FetchAndDecode(beam.DoFn):
                         image_id, num_bytes, decoded, self._decoder, self._encoder, reading.reach.limits
                     )
                 )
-            yield from died("image", image_id, STAGE, decoded.code, source_image.origin, str(decoded))
+            yield from died("image", image_id, STAGE, decoded, source_image.origin, source_image.ref.uri)
 
     def _fetched(
         self, batch: Sequence[SourceImage], met: deque[tuple[SourceImage, bytes, int]]

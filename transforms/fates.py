@@ -1,5 +1,7 @@
 """How a stage records that something dropped out: a decision row, and a dead letter where it failed."""
 
+import logging
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -7,10 +9,17 @@ from apache_beam import PCollection
 from apache_beam.metrics import Metrics
 from apache_beam.pvalue import TaggedOutput
 
+from shards.errors import BadData
+from shards.ids import canonical_json
 from shards.records import DeadLetter, Decision, Origin, Sample
 
 DECISIONS = "decisions"
 DEAD = "dead"
+LOGGED_PER_CODE = 100
+"""Dead letters of a stage and code that a process writes to its log: a million dead urls are not to bury the rest."""
+
+_LOG = logging.getLogger("shardmill.dead")
+_logged: Counter[tuple[str, str]] = Counter()
 
 
 class Outcome(NamedTuple):
@@ -75,15 +84,25 @@ def sample_decision(
     return decision("conversation", fate, image_id, stage, code, sample.origin, score, threshold, other_id)
 
 
-def dead_letter(item_id: bytes, stage: str, code: str, origin: Origin, message: str) -> DeadLetter:
-    """A dead letter about what lies at `origin`."""
-    return DeadLetter(item_id, stage, code, origin.source, origin.name, origin.offset, message)
+def dead_letter(item_id: bytes, stage: str, error: BadData, origin: Origin, uri: str = "") -> DeadLetter:
+    """A dead letter about what lies at `origin`, whose bytes were to be had at `uri`; of the first of a code the log tells too."""
+    named = (origin.source, origin.name, origin.offset)
+    letter = DeadLetter(item_id, stage, error.code, *named, str(error), error.attempts, uri)
+    _logged[stage, error.code] += 1
+    if _logged[stage, error.code] <= LOGGED_PER_CODE:
+        _LOG.warning("dead letter %s", canonical_json(told(letter)).decode())
+    return letter
+
+
+def told(letter: DeadLetter) -> dict[str, str | int]:
+    """What metrics and the log say of a dead letter: all of it."""
+    return letter._asdict() | {"id": letter.id.hex()}
 
 
 def died(
-    unit: str, item_id: bytes, stage: str, code: str, origin: Origin, message: str
+    unit: str, item_id: bytes, stage: str, error: BadData, origin: Origin, uri: str = ""
 ) -> Iterator[TaggedOutput]:
     """The two tagged outputs of an input that cannot be used: its decision and its dead letter."""
-    Metrics.counter(stage, f"dead_{code}").inc()
-    yield TaggedOutput(DECISIONS, decision(unit, "dead", item_id, stage, code, origin))
-    yield TaggedOutput(DEAD, dead_letter(item_id, stage, code, origin, message))
+    Metrics.counter(stage, f"dead_{error.code}").inc()
+    yield TaggedOutput(DECISIONS, decision(unit, "dead", item_id, stage, error.code, origin))
+    yield TaggedOutput(DEAD, dead_letter(item_id, stage, error, origin, uri))

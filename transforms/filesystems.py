@@ -10,6 +10,8 @@ from typing import BinaryIO, TypeVar, cast
 
 from images.fetch import Fetcher, Reach
 from images.files import Content, Found, LocalFiles, State, too_many_bytes
+from images.sources import expanded, format_of, is_beside
+from images.sources.source import Source
 from shards.errors import BadData, BadRequest
 from shards.ranges import RangeStream
 from transforms.objects import objects_of
@@ -94,6 +96,22 @@ class AllFiles:
             return self._local.is_folder(path)
         root = path.rstrip("/") + "/"
         return any(True for _ in objects_of(root).list(root, limit=1))
+
+
+def would_list(source: Source, uri: str) -> bool:
+    """Whether a listing of a source of image files would hold this object of a bucket, were it there: as `images.sources.files_of`."""
+    folder = source.folder.rstrip("/") + "/"
+    if source.path.rstrip("/") + "/" != folder:
+        return uri == source.path or any(_matches(uri.split("/"), glob) for glob in _globs(source.path))
+    rest = uri.removeprefix(folder)
+    hidden = any(part.startswith(".") for part in rest.split("/"))
+    of_images = format_of(uri) == source.format and not is_beside(uri)
+    return uri.startswith(folder) and not hidden and not uri.endswith("/") and of_images
+
+
+@functools.lru_cache(maxsize=64)
+def _globs(path: str) -> list[list[str]]:
+    return [pattern.split("/") for pattern in expanded(path)]
 
 
 def _listed(patterns: Sequence[str]) -> Iterator[str]:

@@ -105,9 +105,8 @@ class _Filter(beam.DoFn):
 
     def process(self, image: EmbeddedImage) -> Iterator[Any]:
         origin = image.source_image.origin
-        facts = ImageFacts(
-            *image.facts
-        )  # a record within another comes from Beam's coder without its properties
+        # A record within another comes from Beam's coder without its properties.
+        facts = ImageFacts(*image.facts)
         failed = missed_limit(facts, self._rule)
         if failed is None and self._expressions:
             failed = failed_expression(columns_of(facts, origin), self._expressions)

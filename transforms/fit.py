@@ -24,7 +24,7 @@ from synthesis.planner import tag_key
 from synthesis.seeds import QUESTION_CHARS, Seed, picture_path
 from synthesis.taxonomy import Taxonomy
 from synthesis.tfidf import MILLI, Scores, TfidfOptions, count_table
-from transforms.fates import DEAD, dead_letter
+from transforms.fates import DEAD, dead_letter, told
 from transforms.filesystems import fetcher_of
 
 STAGE = "fit"
@@ -133,7 +133,7 @@ class _Count(beam.DoFn):
         except BadData as error:
             types, wrong, tags = [], [error], {}
         for why in wrong:
-            yield TaggedOutput(DEAD, dead_letter(b"", STAGE, why.code, sample.origin, str(why)))
+            yield TaggedOutput(DEAD, dead_letter(b"", STAGE, why, sample.origin))
         for name in types:
             yield TaggedOutput(TYPES, name)
             for tag, milli in tags.items():
@@ -188,7 +188,7 @@ class _Keep(beam.DoFn):
             encoded = fetcher_of(fit.reach).fetch(image.ref)
             jpeg = self._pool.run(as_jpeg, encoded, fit.max_pixels, fit.reach.limits)
         except BadData as error:
-            yield TaggedOutput(DEAD, dead_letter(b"", STAGE, error.code, image.origin, str(error)))
+            yield TaggedOutput(DEAD, dead_letter(b"", STAGE, error, image.origin, image.ref.uri))
             return
         sha256 = hashlib.sha256(jpeg).hexdigest()
         storage_of(fit.out).write(picture_path(sha256), jpeg)
@@ -212,18 +212,17 @@ class _Write(beam.DoFn):
         seeds: Iterable[Seed],
     ) -> Iterator[str]:
         fit, by_type, lost = self._fit, dict(records), dict(skipped)
-        told = {
-            code: [
-                {"source": one.source, "name": one.name, "offset": one.offset, "message": one.message}
-                for one in of_code
-            ]
-            for code, of_code in examples
+        # The folder is shared: where the fitter's files lay, and how often they were asked for, is nobody else's.
+        examples_told = {
+            code: [told(one._replace(uri="", attempts=1)) for one in of_code] for code, of_code in examples
         }
         if not by_type:
-            why = next((f": {code}, {found[0]['message']}" for code, found in sorted(told.items())), "")
+            why = next(
+                (f": {code}, {found[0]['message']}" for code, found in sorted(examples_told.items())), ""
+            )
             raise RunFailed(f"no record of the seed has an instruction tag of the taxonomy{why}")
         storage = storage_of(fit.out)
-        storage.write(SKIPPED, canonical_json({"counts": lost, "examples": told}) + b"\n")
+        storage.write(SKIPPED, canonical_json({"counts": lost, "examples": examples_told}) + b"\n")
         counts = count_table(dict(sums), by_type, fit.options.level)
         yield write_artifact(
             storage,

@@ -45,7 +45,8 @@ class JudgeConversation(NamedTuple):
         yield TaggedOutput(DECISIONS, row)
 
     def failure(self, item: Located, error: BadData) -> Iterator[Any]:
-        yield from died("sample", item.sample.sample_id, STAGE, error.code, item.sample.origin, str(error))
+        sample, uri = item.sample, next((image.ref.uri for image in item.images), "")
+        yield from died("sample", sample.sample_id, STAGE, error, sample.origin, uri)
 
 
 @dataclass

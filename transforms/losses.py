@@ -134,7 +134,7 @@ class _Measure(beam.DoFn):
         found = self._threads.map(
             lambda located: measure_loss(located, self._model, self._source, self._pool), batch
         )
-        for (sample, _), measured in zip(batch, found, strict=True):
+        for (sample, images), measured in zip(batch, found, strict=True):
             if isinstance(measured, Measured):
                 Metrics.counter(STAGE, "measured").inc()
                 self._rows.append(LossRow(self._source.key_of(sample), measured.loss_milli))
@@ -143,9 +143,8 @@ class _Measure(beam.DoFn):
                 Metrics.counter(STAGE, f"dead_{measured.code}").inc()
                 row = sample_decision(sample, "dead", STAGE, measured.code)
                 yield TaggedOutput(DECISIONS, row)
-                yield TaggedOutput(
-                    DEAD, dead_letter(row.id, STAGE, measured.code, sample.origin, str(measured))
-                )
+                uri = next((image.ref.uri for image in images), "")
+                yield TaggedOutput(DEAD, dead_letter(row.id, STAGE, measured, sample.origin, uri))
 
     def finish_bundle(self) -> None:
         self._rows.flush()

@@ -10,7 +10,7 @@ import apache_beam as beam
 from apache_beam.metrics import Metrics
 from apache_beam.typehints.decorators import no_annotations
 
-from images.files import Files
+from images.files import Files, join_uri
 from images.sources import files_of, read_file, read_samples
 from images.sources.source import Source, Unreadable
 from shards.ids import digest
@@ -63,8 +63,9 @@ class _Read(beam.DoFn):
     def process(self, element: Any) -> Iterator[Any]:
         for item in self._items(element):
             if isinstance(item, Unreadable):
-                message = str(item.error)
-                yield from died("sample", b"", STAGE, item.error.code, item.origin, message)
+                source = element.source if isinstance(element, _File) else element
+                uri = join_uri(source.folder, item.origin.name)
+                yield from died("sample", b"", STAGE, item.error, item.origin, uri)
             else:
                 Metrics.counter(STAGE, "samples").inc()
                 yield item

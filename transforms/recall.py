@@ -86,7 +86,7 @@ def recall_image(
         return None
     if row.code:
         known = row.max_pixels == limits.max_pixels
-        return BadData(row.code, row.message, image_id) if known else None
+        return BadData(row.code, row.message, image_id, attempts=0) if known else None
     if row.width * row.height > limits.max_pixels:
         return None
     return EmbeddedImage(
@@ -160,7 +160,7 @@ class _JoinImages(beam.DoFn):
             if isinstance(found, EmbeddedImage):
                 yield found
             else:
-                yield from died("image", image_id, STAGE, found.code, source_image.origin, str(found))
+                yield from died("image", image_id, STAGE, found, source_image.origin, source_image.ref.uri)
 
     def finish_bundle(self) -> None:
         self._progress.write()

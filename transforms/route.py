@@ -11,7 +11,7 @@ from apache_beam.pvalue import AsSingleton
 from apache_beam.typehints.decorators import no_annotations
 
 from embeddings.buckets import Buckets, Task
-from embeddings.cells import MAX_SAMPLE, Plan, plan_cells
+from embeddings.cell_plan import MAX_SAMPLE, Plan, plan_cells
 from embeddings.duplicates import Group, Pairing, Preference, Print, Prints, ids_of, print_of
 from embeddings.forest import Components, Members, components
 from shards.ids import digest
@@ -30,7 +30,7 @@ class Search(NamedTuple):
 
     `groups`: images of a source are judged by the group that `group_of` numbers for it, those of others by the first; fixed images by
     the last. `recall` 1 finds every pair. `device` is where vectors are compared. `encoder` is the fingerprint, `cells` and `searches`
-    segments of ledgers.
+    segments of ledgers; below a recall of 1, where cells decide what is found, they are fitted on the images at hand alone.
     """
 
     groups: Sequence[Group]
@@ -108,12 +108,12 @@ class _PlanCells(beam.DoFn):
             if row.key == key and row.num_images <= _REFIT * count and count <= _REFIT * row.num_images
         ]
         frozen = None
-        if fitted:
+        if fitted and search.recall == 1:
             row = min(fitted)
             frozen = np.frombuffer(row.centroids, "<f4").reshape(row.num_cells, -1)
         plan = plan_cells(vectors, count, search.pairing.loosest, search.recall, frozen)
         centroids = plan.cells.centroids
-        if frozen is None and len(centroids) > 1:
+        if not fitted and len(centroids) > 1:
             row = CellsRow(key, count, len(centroids), centroids.astype("<f4").tobytes())
             Ledger(search.to.storage, CellsRow).put([row], search.to.token)
         yield plan

@@ -8,7 +8,7 @@ import apache_beam as beam
 from apache_beam.pvalue import AsSingleton, TaggedOutput
 from apache_beam.typehints.decorators import no_annotations
 
-from shards.errors import RunFailed
+from shards.errors import BadData, RunFailed
 from shards.records import Sample, TaggedImage
 from transforms.fates import DEAD, DECISIONS, Outcome, dead_letter, decision, is_source, sample_decision
 
@@ -35,7 +35,7 @@ class _DropVoid(beam.DoFn):
         yield TaggedOutput(DECISIONS, sample_decision(sample, "dead", STAGE, code, other_id=changed))
         if not is_source(sample):
             yield TaggedOutput(
-                DEAD, dead_letter(sample.sample_id, STAGE, code, sample.origin, "its image is gone")
+                DEAD, dead_letter(sample.sample_id, STAGE, BadData(code, "its image is gone"), sample.origin)
             )
 
 

@@ -54,7 +54,7 @@ class _Spool(beam.DoFn):
         got = fetcher_of(self._reach).kept(got)
         if isinstance(got, BadData):
             for source_image in source_images:
-                yield from died("image", b"", STAGE, got.code, source_image.origin, str(got))
+                yield from died("image", b"", STAGE, got, source_image.origin, source_image.ref.uri)
             return
         Metrics.counter(STAGE, "spooled").inc()
         fetched = Fetched(got, image_id_of(got), etag)

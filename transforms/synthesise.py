@@ -73,8 +73,8 @@ class WriteConversation(NamedTuple):
         yield TaggedOutput(DECISIONS, row)
 
     def failure(self, item: PlannedImage, error: BadData) -> Iterator[Any]:
-        origin = item.source_image.origin
-        yield from died("conversation", item.image_id, STAGE, error.code, origin, str(error))
+        image = item.source_image
+        yield from died("conversation", item.image_id, STAGE, error, image.origin, image.ref.uri)
 
 
 @dataclass

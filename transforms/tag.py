@@ -1,7 +1,6 @@
-"""Tag: class scores, heads over embeddings, and models that look at the pixels -> the tags of an image."""
+"""Tag: class scores, heads over embeddings, and what models saw in the pixels -> the tags of an image, and images whose tags are not wanted."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,24 +12,13 @@ from apache_beam.metrics import Metrics
 from apache_beam.pvalue import TaggedOutput
 from apache_beam.typehints.decorators import no_annotations
 
-from embeddings.pixel_taggers import VLM, PixelTagger, open_tagger
 from embeddings.tagger import LinearTagger, tagger_from
-from images.decode import DECODER, pixels_from, rgb_of
-from images.fetch import Reach, decoders_of
 from shards.errors import BadData
-from shards.ids import canonical_json, digest
-from shards.ledger import Ledger, Segment, TagsRow
-from shards.records import EmbeddedImage, MediaRef, SourceImage, Tag, TaggedImage
-from shards.snapshot import Destination
-from synthesis.backends import ModelBackend
-from synthesis.tagging import VlmTagger
-from transforms.filesystems import fetcher_of
-from transforms.ledgers import ReadLedger
+from shards.records import Decision, EmbeddedImage, Tag, TaggedImage
+from transforms.fates import DEAD, DECISIONS, Outcome, decision, died
 
 STAGE = "tag"
-PIXELS_SIDE = 1280
-"""Pixels of the longer side that taggers get, at most: small print of a page can still be read."""
-UNKNOWN = "unknown"
+DROP_STAGE = "drop_tag"
 
 
 class TagRule(NamedTuple):
@@ -104,7 +92,8 @@ def _with_more(
 
 @dataclass
 class TagImages(beam.PTransform):
-    """{images, more} -> TaggedImages. `more`, which may be left out, holds (image_id, tags) of other taggers. Nothing is dropped; embeddings end here.
+    """{images, more} or {paired} -> TaggedImages. `more`, which may be left out, holds (image_id, tags) of other taggers; `paired` are
+    images with theirs. Nothing is dropped; embeddings end here.
 
     Shuffled: images with their embeddings, where there are other taggers.
     """
@@ -113,8 +102,10 @@ class TagImages(beam.PTransform):
 
     @no_annotations
     def expand(self, inputs: dict[str, beam.PCollection]) -> beam.PCollection[TaggedImage]:
-        images, more = inputs["images"], inputs.get("more")
-        if more is None:
+        images, more = inputs.get("images"), inputs.get("more")
+        if images is None:
+            paired = inputs["paired"]
+        elif more is None:
             paired = images | "Alone" >> beam.Map(lambda image: (image, []))
         else:
             paired = (
@@ -130,124 +121,170 @@ class TagImages(beam.PTransform):
         return paired | "Tag" >> beam.ParDo(_Tag(self.rule)).with_output_types(TaggedImage)
 
 
-class LookRule(NamedTuple):
-    """Which models look at images: fingerprints by the names that `open_tagger` takes. How bytes are reached, and what ledgers know.
+class Unwanted(NamedTuple):
+    """Images are filtered whose tag of this name, in lower case, has a score of `min_score` in (0, 1] or more."""
 
-    `vlm` is the backend of the tagger of that name.
-    """
-
-    fingerprints: Mapping[str, str]
-    reach: Reach
-    known: Sequence[Segment] = ()
-    vlm: ModelBackend | None = None
-
-    def open(self, name: str) -> PixelTagger:
-        """Raises BadRequest where it cannot be had."""
-        return VlmTagger(self.vlm) if name == VLM and self.vlm is not None else open_tagger(name)
+    name: str
+    min_score: float
 
 
-def tags_key(image_id: bytes, fingerprint: str) -> bytes:
-    """Key of what a tagger of this fingerprint says of an image."""
-    return digest([image_id.hex(), DECODER, PIXELS_SIDE, fingerprint])
+class DropRule(NamedTuple):
+    """What is not wanted, as far as class scores and the heads in these files tell it."""
+
+    unwanted: tuple[Unwanted, ...]
+    class_names: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
 
 
-Wanted = tuple[str, bytes, MediaRef]
-"""A tagger's name, an image's id, and where the image lies."""
+class Dropped(NamedTuple):
+    """The tag for which an image is filtered, and the score from which on it is."""
+
+    tag: Tag
+    min_score: float
 
 
-class _Look(beam.DoFn):
-    """Shows images to a tagger. What it says goes to the ledger."""
+def unwanted_tag(tags: Iterable[Tag], unwanted: Sequence[Unwanted]) -> Dropped | None:
+    """For the first of `unwanted` that an image bears, its highest-scored tag of that name."""
+    best: dict[str, Tag] = {}
+    for tag in tags:
+        name = tag.name.casefold()
+        best[name] = min(best.get(name, tag), tag, key=lambda one: (-one.score_milli, one.name))
+    for one in unwanted:
+        found = best.get(one.name)
+        if found is not None and found.score_milli >= 1000 * one.min_score:
+            return Dropped(found, one.min_score)
+    return None
 
-    def __init__(self, rule: LookRule, to: Destination) -> None:
-        self._rule, self._to = rule, to
+
+def _drop_row(image: EmbeddedImage, dropped: Dropped) -> Decision:
+    Metrics.counter(DROP_STAGE, "unwanted_tag").inc()
+    stage, score = f"{DROP_STAGE}:{dropped.tag.name}", dropped.tag.score_milli / 1000
+    origin = image.source_image.origin
+    return decision(
+        "image", "filtered", image.image_id, stage, "unwanted_tag", origin, score, dropped.min_score
+    )
+
+
+class _Drop(beam.DoFn):
+    def __init__(self, rule: DropRule) -> None:
+        self._rule = rule
 
     def setup(self) -> None:
-        self._writer = Ledger(self._to.storage, TagsRow).writer(self._to.token)
-        self._pool = decoders_of(self._rule.reach)
-        self._taggers: dict[str, PixelTagger] = {}
+        names = {one.name for one in self._rule.unwanted}
+        self._classes = [
+            (index, name) for index, name in enumerate(self._rule.class_names) if name.casefold() in names
+        ]
+        self._heads = [load_head(path).tagger for path in self._rule.heads]
 
-    def process(self, wanted: tuple[bytes, Wanted]) -> Iterator[tuple[bytes, list[Tag]]]:
-        key, (name, image_id, ref) = wanted
-        if name not in self._taggers:
-            self._taggers[name] = self._rule.open(name)
-        reach = self._rule.reach
-        try:
-            encoded = fetcher_of(reach).fetch_again(ref, image_id)
-            pixels = pixels_from(self._pool.run(rgb_of, encoded, PIXELS_SIDE, reach.limits), 3)
-            tags = self._taggers[name].tags(pixels)
-        except BadData as error:
-            # What has changed since it was embedded is recorded where it is packed.
-            Metrics.counter(STAGE, f"untagged_{error.code}").inc()
-            return
-        Metrics.counter(STAGE, "looked_at").inc()
-        self._writer.append(TagsRow(key, canonical_json([list(tag) for tag in sorted(tags)]).decode()))
-        yield image_id, tags
-
-    def finish_bundle(self) -> None:
-        self._writer.flush()
-
-    def teardown(self) -> None:
-        self._pool.close()
-        if self._rule.vlm is not None:
-            self._rule.vlm.close()
-
-
-class _Recall(beam.DoFn):
-    def process(self, joined: tuple[bytes, Mapping[str, Iterable[Any]]]) -> Iterator[Any]:
-        key, groups = joined
-        known = min(groups["known"], default=None)
-        for wanted in groups["wanted"]:
-            if known is None:
-                yield TaggedOutput(UNKNOWN, (key, wanted))
-            else:
-                Metrics.counter(STAGE, "recalled").inc()
-                yield wanted[1], [Tag(*tag) for tag in json.loads(known.tags)]
+    def process(self, image: EmbeddedImage) -> Iterator[Any]:
+        scores, vector = np.frombuffer(image.scores, "<f2"), np.frombuffer(image.embedding, "<f2")
+        tags = [Tag(name, round(float(scores[index]) * 1000)) for index, name in self._classes]
+        for head in self._heads:
+            tags += head.tags(vector)
+        dropped = unwanted_tag(tags, self._rule.unwanted)
+        if dropped is None:
+            yield image
+        else:
+            yield TaggedOutput(DECISIONS, _drop_row(image, dropped))
 
 
 @dataclass
-class LookAtImages(beam.PTransform):
-    """{images, verdicts} -> (image_id, tags) of the kept images. Shuffled: their references, and what the ledger knows."""
+class DropTagged(beam.PTransform):
+    """PCollection[EmbeddedImage], every reference -> (those without an unwanted tag, decisions on the others). Nothing is shuffled.
 
-    rule: LookRule
-    to: Destination
+    For tags that class scores and heads give: as the filters, a pure function of stored facts.
+    """
+
+    rule: DropRule
 
     @no_annotations
-    def expand(self, inputs: dict[str, beam.PCollection]) -> beam.PCollection[tuple[bytes, list[Tag]]]:
-        kept = inputs["verdicts"] | "KeptIds" >> beam.FlatMap(
-            lambda v: [(v.image_id, True)] * (v.code == "kept")
-        ).with_output_types(tuple[bytes, bool])
-        references = inputs["images"] | "References" >> beam.Map(
-            lambda e: (e.image_id, e.source_image)
-        ).with_output_types(tuple[bytes, SourceImage])
-        wanted = (
-            {"kept": kept, "references": references}
-            | "JoinKept" >> beam.CoGroupByKey()
-            | "Wanted"
-            >> beam.FlatMap(_wanted, dict(self.rule.fingerprints)).with_output_types(
-                beam.typehints.Tuple[bytes, Any]
-            )
-        )
-        known = kept.pipeline | "ReadTags" >> ReadLedger(self.rule.known, TagsRow)
-        recalled = (
-            {"wanted": wanted, "known": known}
-            | "JoinKnown" >> beam.CoGroupByKey()
-            | "Recall" >> beam.ParDo(_Recall()).with_outputs(UNKNOWN, main="tags")
-        )
-        looked = (
-            recalled[UNKNOWN] | "Spread" >> beam.Reshuffle() | "Look" >> beam.ParDo(_Look(self.rule, self.to))
-        )
-        return (
-            (recalled.tags, looked)
-            | "AllTags" >> beam.Flatten()
-            | "Typed" >> beam.Map(lambda pair: pair).with_output_types(beam.typehints.Tuple[bytes, Any])
-        )
+    def expand(self, embedded: beam.PCollection[EmbeddedImage]) -> tuple[beam.PCollection, beam.PCollection]:
+        parted = embedded | "Drop" >> beam.ParDo(_Drop(self.rule)).with_output_types(
+            EmbeddedImage
+        ).with_outputs(DECISIONS, main="images")
+        return parted.images, parted[DECISIONS]
 
 
-def _wanted(
-    joined: tuple[bytes, Mapping[str, Iterable[Any]]], fingerprints: Mapping[str, str]
-) -> Iterator[tuple[bytes, Wanted]]:
-    image_id, groups = joined
-    for _ in groups["kept"]:
-        for image in groups["references"]:
-            for name, fingerprint in fingerprints.items():
-                yield tags_key(image_id, fingerprint), (name, image_id, image.ref)
+def _dropped_seen(
+    images: Iterable[EmbeddedImage],
+    tags: Iterable[Tag],
+    failed: Iterable[BadData],
+    unwanted: Sequence[Unwanted],
+) -> Iterator[Any]:
+    """References of one image, or what is said of each of them instead."""
+    dropped = unwanted_tag(tags, unwanted)
+    failure = min(failed, key=lambda error: (error.code, str(error)), default=None)
+    for image in images:
+        if dropped is not None:
+            yield TaggedOutput(DECISIONS, _drop_row(image, dropped))
+        elif failure is not None:
+            origin, uri = image.source_image.origin, image.source_image.ref.uri
+            yield from died("image", image.image_id, DROP_STAGE, failure, origin, uri)
+        else:
+            yield image
+
+
+class _DropSeen(beam.DoFn):
+    def __init__(self, unwanted: Sequence[Unwanted]) -> None:
+        self._unwanted = unwanted
+
+    def process(self, joined: tuple[bytes, Mapping[str, Iterable[Any]]]) -> Iterator[Any]:
+        _, groups = joined
+        tags = (tag for tags in groups["tags"] for tag in tags)
+        yield from _dropped_seen(groups["images"], tags, groups["failed"], self._unwanted)
+
+
+class _DropSeenArrival(beam.DoFn):
+    def __init__(self, unwanted: Sequence[Unwanted]) -> None:
+        self._unwanted = unwanted
+
+    def process(self, seen: tuple[EmbeddedImage, Sequence[Tag], Sequence[BadData]]) -> Iterator[Any]:
+        image, tags, failed = seen
+        for found in _dropped_seen([image], tags, failed, self._unwanted):
+            yield found if isinstance(found, TaggedOutput) else (found, tags)
+
+
+@dataclass
+class DropSeen(beam.PTransform):
+    """{images, tags, failed} -> Outcome: the images without an unwanted tag, for tags that take pixels.
+
+    `images` EmbeddedImages, every reference; `tags` (image_id, tags) and `failed` (image_id, BadData) of the models that looked. Whether
+    an image bears a tag that a model could not look for is not known, so it is dead. Shuffled: embedded images, by image_id.
+    """
+
+    unwanted: Sequence[Unwanted]
+
+    @no_annotations
+    def expand(self, inputs: dict[str, beam.PCollection]) -> Outcome:
+        parted = (
+            {
+                "images": inputs["images"]
+                | "KeyImages"
+                >> beam.Map(lambda e: (e.image_id, e)).with_output_types(tuple[bytes, EmbeddedImage]),
+                "tags": inputs["tags"],
+                "failed": inputs["failed"],
+            }
+            | "JoinTags" >> beam.CoGroupByKey()
+            | "Drop"
+            >> beam.ParDo(_DropSeen(self.unwanted))
+            .with_output_types(EmbeddedImage)
+            .with_outputs(DECISIONS, DEAD, main="images")
+        )
+        return Outcome(parted.images, parted[DECISIONS], parted[DEAD])
+
+
+@dataclass
+class DropSeenArrivals(beam.PTransform):
+    """PCollection[(EmbeddedImage, tags, failures)] -> Outcome of (EmbeddedImage, tags): `DropSeen` for images that have no end.
+
+    Nothing is shuffled.
+    """
+
+    unwanted: Sequence[Unwanted]
+
+    @no_annotations
+    def expand(self, seen: beam.PCollection) -> Outcome:
+        parted = seen | "Drop" >> beam.ParDo(_DropSeenArrival(self.unwanted)).with_output_types(
+            beam.typehints.Tuple[EmbeddedImage, Any]
+        ).with_outputs(DECISIONS, DEAD, main="images")
+        return Outcome(parted.images, parted[DECISIONS], parted[DEAD])

@@ -67,7 +67,7 @@ def pack_images(
         met, got = next(fetched)
         assert met is image
         if isinstance(got, BadData):
-            letters.append(dead_letter(image.image_id, STAGE, got.code, origin, str(got)))
+            letters.append(dead_letter(image.image_id, STAGE, got, origin, ref.uri))
             refs.append(RefRow(ref_key(ref, fetcher.etag(ref)), b"", 0))
             return None
         return got

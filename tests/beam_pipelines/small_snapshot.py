@@ -136,7 +136,17 @@ class SmallSnapshot:
                 }
             ],
             "failures": {
-                "decode/truncated": [{"source": "photos", "name": EVIL_NAME, "message": f"cut off {EVIL}"}]
+                "decode/truncated": [{"source": "photos", "name": EVIL_NAME, "message": f"cut off {EVIL}"}],
+                "synthesise/vlm_bad_question": [
+                    {
+                        "source": "photos",
+                        "name": EVIL_NAME,
+                        "offset": 0,
+                        "message": "no question",
+                        "attempts": 2,
+                        "uri": "file:///photos/evil.jpg",
+                    }
+                ],
             },
         }
         (self.out / "metrics.json").write_text(json.dumps(metrics))

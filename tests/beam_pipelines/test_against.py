@@ -10,8 +10,7 @@ from beam_pipelines.cli import run
 from beam_pipelines.curate_images import curate
 from beam_pipelines.explain import explain_text
 from beam_pipelines.options import parse_options
-from beam_pipelines.report import write_report
-from beam_pipelines.sweep import rule_of
+from beam_pipelines.pages.report import write_report
 from embeddings.encoder import Encoder
 from shards.errors import BadRequest
 from shards.snapshot import Snapshot
@@ -79,8 +78,6 @@ def test_what_another_snapshot_keeps_ranks_above_all(
         snapshot, "larger.png"
     )
     assert write_report(str(out))
-    with pytest.raises(BadRequest, match="--against, which a sweep does not know"):
-        rule_of(snapshot)
     alone = curated(tmp_path / "alone", input=[f"new={folders[1]}"])
     assert alone.id != snapshot.id and set(fates(alone).values()) == {"kept"}
 

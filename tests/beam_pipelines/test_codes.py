@@ -28,8 +28,6 @@ CODE_ARGUMENT = {
     "Judgement": 0,
     "decision": 4,
     "sample_decision": 3,
-    "dead_letter": 2,
-    "died": 3,
     "Verdict": 2,
     "Contact": 3,
     "Failed": 0,
@@ -91,7 +89,7 @@ def test_codes_are_found_where_they_hide():
     assert codes_in("raise BadData('a', '')") == {"a"}
     assert codes_in("code = 'a' if x else 'b'\nraise BadData(code, '')") == {"a", "b"}
     assert codes_in("f, c = ('x', 'a') if x else ('y', 'b')\ndecision(1, f, 2, 3, c, 4)") == {"a", "b"}
-    assert codes_in("died(1, 2, 3, f'image_{code}')") == {"image_*"}
+    assert codes_in("BadData(f'image_{code}', '')") == {"image_*"}
 
 
 def test_every_code_that_is_raised_has_a_meaning_and_no_other():

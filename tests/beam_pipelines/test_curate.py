@@ -1,5 +1,6 @@
 """The main job on real files: every input has one fate, and the same input gives the same bytes."""
 
+import functools
 import io
 import json
 import os
@@ -21,14 +22,17 @@ from images.fetch import Fetcher
 from shards.errors import BadData, BadRequest, RunFailed
 from shards.files import uri_of
 from shards.ids import image_id_of
-from shards.packs import read_pack
 from shards.records import MediaRef
 from shards.snapshot import Snapshot, commit, open_snapshot
 from shards.verify import verify_snapshot
+from tests.proof import changes
 from tests.proof.counts import FULL
+from tests.proof.nursery import Child
 from transforms import commit as commit_stage
 from transforms import read
 
+MODULE = "beam_pipelines.curate_images"
+ROOT = Path(__file__).parents[2]
 CHANGED = ("jpeg30", "half", "grey", "crop50")
 
 
@@ -280,16 +284,13 @@ def test_an_image_that_changes_during_the_run_takes_its_samples_along(
     assert not list(verify_snapshot(left))
 
 
-def shardmill(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "beam_pipelines.curate_images", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=300
-    )
-
-
 def test_a_missing_image_can_fail_the_run(inputs: list[str], tmp_path: Path) -> None:
+    """In a process of its own, with Beam as it is."""
     flags = [text for path in inputs if path.endswith("llava.json") for text in ("--input", path)]
-    done = shardmill(*flags, "--output", str(tmp_path / "out"), "--on-missing-image", "fail")
+    words = [sys.executable, "-m", MODULE, *flags, "--output", str(tmp_path / "out")]
+    done = subprocess.run(
+        [*words, "--on-missing-image", "fail"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("shardmill curate: ")]
     assert "llava.json: an image is dead (file_missing); --on-missing-image is fail" in line
@@ -304,26 +305,31 @@ IN_PROCESSES = [
 ]
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("arguments", IN_PROCESSES if FULL else IN_PROCESSES[:1])
 def test_worker_processes_and_another_hash_seed_give_the_same_bytes(
     inputs: list[str], snapshot: Snapshot, tmp_path: Path, arguments: list[str]
 ) -> None:
+    """So has the process that starts them, of its own."""
     flags = [text for path in inputs for text in ("--input", path)]
-    done = shardmill(*flags, "--output", str(tmp_path / "out"), *arguments, PYTHONHASHSEED="0")
-    assert done.returncode == 0, done.stderr
+    seeded = functools.partial(changes.with_hash_seed, "0")
+    words = [*flags, "--output", str(tmp_path / "out"), *arguments]
+    done = Child(tmp_path / "log", words, changes=[seeded], module=MODULE).wait()
+    assert done.code == 0, done.output
     again = open_snapshot(str(tmp_path / "out"))
     assert (again.id, digest(again)) == (snapshot.id, digest(snapshot))
-    assert "Traceback" not in done.stderr
-    assert "apache_beam" not in done.stderr and "INFO:" not in done.stderr
-    assert "next: shardmill report" in done.stdout
+    assert "Traceback" not in done.output
+    assert "apache_beam" not in done.output and "INFO:" not in done.output
+    assert "next: shardmill report" in done.output
 
 
 def test_small_shards_hold_the_same_images(inputs: list[str], snapshot: Snapshot, tmp_path: Path) -> None:
     small = run(inputs, tmp_path / "out", max_shard_size="60KB")
     assert len(small.manifest.media) > 3 and len(small.manifest.samples) > 1
-    packed = [pair for pack in small.manifest.media for pair in read_pack(small.storage, pack.path)]
-    whole = [pair for pack in snapshot.manifest.media for pair in read_pack(snapshot.storage, pack.path)]
-    assert sorted(packed) == sorted(whole)
+    packed, whole = (
+        [one.media.read_rank(rank) for rank in range(len(one.media))] for one in (small, snapshot)
+    )
+    assert packed == whole
     assert sorted(s.sample_id for s in small.samples()) == sorted(s.sample_id for s in snapshot.samples())
     for pack in small.manifest.media:
         assert pack.num_bytes <= 61_000 or pack.num_records == 1
@@ -434,18 +440,16 @@ def test_paths_runners_and_workers_do_not_count_as_content() -> None:
 def test_an_interrupted_run_leaves_no_process_and_no_trace(
     tmp_path: Path, corpus: list[Path], mode: list[str]
 ) -> None:
-    command = [sys.executable, "-m", "beam_pipelines.curate_images", "--input", str(corpus[0].parent)]
     out = tmp_path / "out"
-    child = subprocess.Popen(
-        [*command, "--output", str(out), *mode], stderr=subprocess.PIPE, start_new_session=True
-    )
+    arguments = ["--input", str(corpus[0].parent), "--output", str(out), *mode]
+    child = Child(tmp_path / "log", arguments, changes=[os.setsid], module=MODULE)
     deadline = time.monotonic() + 120
     while not list(out.glob(".staging/*/progress/*")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    child.send_signal(signal.SIGINT)
-    _, errors = child.communicate(timeout=120)
-    assert child.returncode == 130, errors.decode()
-    assert b"interrupted" in errors and b"Traceback" not in errors
+    os.kill(child.pid, signal.SIGINT)
+    done = child.wait()
+    assert done.code == 130, done.output
+    assert "interrupted" in done.output and "Traceback" not in done.output
     deadline = time.monotonic() + 30
     while _in_session(child.pid) and time.monotonic() < deadline:
         time.sleep(0.05)

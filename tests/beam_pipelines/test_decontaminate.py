@@ -12,8 +12,8 @@ from beam_pipelines.cli import run as command_line
 from beam_pipelines.curate_images import curate
 from beam_pipelines.explain import explain_text
 from beam_pipelines.options import parse_options
+from beam_pipelines.pages.report import write_report
 from beam_pipelines.planting import CHANGES, choose_originals, flatten
-from beam_pipelines.report import write_report
 from beam_pipelines.sources import count_protected, find_benchmarks
 from embeddings.encoder import Encoder
 from images import files

@@ -5,19 +5,22 @@ import pickle
 import time
 from pathlib import Path
 
+import apache_beam as beam
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from beam_pipelines.curate_images import curate
+from beam_pipelines.curate_images import constructing, curate
 from beam_pipelines.launch import beam_options
 from beam_pipelines.options import CurateOptions, parse_options
-from beam_pipelines.prepare import call_limits, prepare_synthesis
+from beam_pipelines.prepare import call_limits, prepare, prepare_synthesis
 from images.fetch import Reach
 from images.web import WebOptions
 from shards.errors import BadRequest
 from shards.snapshot import Destination
 from synthesis.backend import Ask
 from synthesis.limits import Limits, Prices
+from tests.graphs import payloads_of
 from tests.hostile_vlm import several
 
 KEY = "canary-91c2e7"
@@ -74,6 +77,40 @@ def test_what_is_prepared_travels_closed_and_calls_where_it_opens(tmp_path: Path
         assert client.limits == Limits(8, 50.0, prices=Prices(0, 0), patience_s=120.0)
 
 
+def test_the_graph_of_a_local_job_names_a_key_and_does_not_hold_it(
+    corpus: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the launcher has called already: what it learned is pickled with the graph."""
+    monkeypatch.setenv("CANARY_KEY", KEY)
+    with several(2, share=0.0) as servers:
+        wanted = parse_options(
+            {
+                "input": [str(corpus[0])],
+                "output": str(tmp_path / "out"),
+                "vlm_base_url": [server.base_url for server in servers],
+                "vlm_api_key_env": "CANARY_KEY",
+                "judge_existing": True,
+                "tagger": ["classes", "vlm"],
+                "drop_tag": ["blood"],
+            }
+        )
+        prepared = prepare(wanted)
+        assert prepared.job.synthesis is not None
+        client = prepared.job.synthesis.backend.client
+        try:
+            assert client.chat(Ask("Why?")).text  # connections and key are open
+            pipeline = beam.Pipeline(runner="FnApiRunner")
+            constructing(prepared)(pipeline)
+            told = payloads_of(pipeline.to_runner_api())
+        finally:
+            client.end()
+        assert {headers["authorization"] for server in servers for headers in server.headers} == {
+            f"Bearer {KEY}"
+        }
+    assert any(b"CANARY_KEY" in data for data in told)
+    assert not any(KEY.encode() in data or KEY in repr(prepared) for data in told)
+
+
 def test_a_run_within_a_budget_leaves_the_rest_for_later_and_the_key_nowhere(
     corpus: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -103,5 +140,8 @@ def test_a_run_within_a_budget_leaves_the_rest_for_later_and_the_key_nowhere(
     assert dead and set(dead) == {"vlm_over_budget"} and snapshot.manifest.synthesised + len(dead) == 6
     assert snapshot.manifest.synthesised > 0
     written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(written) > 10 and not any(KEY.encode() in data for data in written)
+    # What Parquet compresses, uncompressed.
+    tables = [repr(pq.read_table(path).to_pylist()).encode() for path in tmp_path.rglob("*.parquet")]
+    assert len(written) > 10 and len(tables) > 5 and any(b"a-model" in data for data in tables)
+    assert not any(KEY.encode() in data for data in [*written, *tables])
     assert "a-model at 2 servers" in said.getvalue() and KEY not in said.getvalue() + caplog.text

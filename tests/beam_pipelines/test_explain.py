@@ -66,6 +66,7 @@ def test_explain_a_failed_call(made, explained):
     assert explained(made.evil_id.hex()[:6])[-1] == (
         f"synthesis for image {made.evil_id.hex()[:12]} failed (vlm_bad_question): "
         "what the model wrote is not one question of its own words."
+        " Tried 2 times, file:///photos/evil.jpg: no question"
     )
 
 

@@ -1,6 +1,7 @@
 """Images by url: what failed for the moment is asked for again, what succeeded is not, and the result is that of a calm day."""
 
 import io
+import json
 import shutil
 import socket
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from PIL import Image
 
 from beam_pipelines.cli import ABORTED, BAD_REQUEST, DONE
 from beam_pipelines.cli import run as shardmill
+from beam_pipelines.explain import explain_text
 from beam_pipelines.options import parse_options
 from beam_pipelines.request import keep_request, read_request
 from shards.collect import collect, find_garbage
@@ -111,17 +113,29 @@ def dead(snapshot: Snapshot) -> dict[str, int]:
 
 
 def test_after_retry_failed_a_stormy_day_gives_what_a_calm_one_gives(
-    weather, web, urls, calm, tmp_path
+    weather, web, urls, calm, tmp_path, caplog
 ) -> None:
     weather.storm = True
     out = tmp_path / "out"
-    assert curate(urls, out) == DONE
+    with caplog.at_level("WARNING", "shardmill.dead"):
+        assert curate(urls, out, "--url-retries", "1") == DONE
     assert dead(open_snapshot(str(out))) == {
         "http_failed": 2,
         "http_truncated": 2,
         "http_unreachable": 2,
         "http_gone": 1,
     }
+    told = json.loads((out / "metrics.json").read_text())["failures"]
+    assert [(one["attempts"], one["uri"]) for one in told["fetch/http_failed"]] == [
+        (2, web.url("/0.jpg")),
+        (2, web.url("/10.jpg")),
+    ]
+    assert [one["attempts"] for one in told["fetch/http_gone"]] == [1]
+    logged = [json.loads(line.removeprefix("dead letter ")) for line in caplog.messages]
+    assert [one for one in logged if one["code"] == "http_gone"] == told["fetch/http_gone"]
+    assert len(logged) == 7
+    assert f"Tried 2 times, {web.url('/10.jpg')}: HTTP 503" in explain_text(open_snapshot(str(out)), "10.jpg")
+    assert "attempts" not in open_snapshot(str(out)).table("dead").column_names
     weather.storm = False
     web.asked.clear()
     assert shardmill(["retry-failed", str(out)]) == DONE
@@ -177,6 +191,7 @@ def test_too_many_failures_end_a_run_and_leave_what_they_brought(
     ("rate", "hint"),
     [
         ("http_fialed=0.1", "did you mean http_failed?"),
+        ("near_phash=0.1", "nothing fails with that code"),
         ("any=2", "from 0 to 1"),
         ("truncated", "from 0 to 1"),
     ],

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import apache_beam as beam
+import numpy as np
 import pytest
 from apache_beam import coders
 from apache_beam.portability.api import beam_runner_api_pb2 as protos
@@ -23,11 +24,13 @@ from beam_pipelines.options import StreamOptions, parse_as, parse_options
 from beam_pipelines.prepare import Job, prepare
 from embeddings.encoder import Encoder
 from images.sources.source import Source
+from shards.records import Tag
 from synthesis.local_model import LocalSpec
 from tests.conftest import REPOSITORY
 from tests.scripted_vlm import scripted_server
 from transforms.against import KeptPack
 from transforms.losses import LossSource
+from transforms.tag import DropRule
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPLANATION = """{count} lines of {path} do not hold any more:
@@ -168,8 +171,12 @@ def everything(out: Path) -> str:
     job, to = prepared.job, prepared.job.to
     # The graph asks only whether there is one of these.
     losses = LossSource(LocalSpec("model", "", "f", "cpu", "float32"), None, job.reach, to)
+    unwanted = job.tagging._replace(drop=DropRule(()), screen=job.tagging.look)
     job = job._replace(
-        options=job.options.model_copy(update={"loss_existing": True, "decontaminate": ["bench=x"]}),
+        tagging=unwanted,
+        options=job.options.model_copy(
+            update={"loss_existing": True, "decontaminate": ["bench=x"], "max_error_rate": ["any=1"]}
+        ),
         losses=losses,
         against=[KeptPack("", "", None, frozenset())],
         benchmarks=[job.sources[0]._replace(name="bench")],
@@ -178,20 +185,48 @@ def everything(out: Path) -> str:
     return identity_of(graph_of(job, prepared.model))
 
 
-def stream(out: Path) -> str:
+def stream(out: Path, **more: object) -> str:
     """Notices of a subscription, into a folder whose cells are another's affair."""
     values = {
         "input": [str(REPOSITORY / "examples/images")],
         "output": str(out),
         "subscription": "projects/a-project/subscriptions/objects",
     }
-    options = parse_as(StreamOptions, values)
+    options = parse_as(StreamOptions, values | more)
+    prepared, streaming = stream_images.prepare_stream(options, [])
+    job = prepared.job
+    # The graph asks only whether there are such models.
+    looking = job.tagging._replace(drop=DropRule(()), screen=job.tagging.look) if more else job.tagging
     pipeline = beam.Pipeline(runner="FnApiRunner")
-    stream_images.constructing(options, *stream_images.prepare_stream(options, []))(pipeline)
+    constructing = stream_images.constructing(
+        options, prepared._replace(job=job._replace(tagging=looking)), streaming
+    )
+    constructing(pipeline)
     return identity_of(pipeline.to_runner_api())
 
 
-VARIANTS = {"curate_least": least, "curate_everything": everything, "stream": stream}
+def stream_everything(out: Path) -> str:
+    """Every option on that adds steps, and listings in place of notices."""
+    bench = f"bench={REPOSITORY / 'examples/images'}"
+    return stream(out, subscription="", decontaminate=[bench], tagger=["classes", f"{__name__}:Looking"])
+
+
+class Looking:
+    """A tagger of the user's own."""
+
+    fingerprint = "looking 1"
+    names = ("seen",)
+
+    def tags(self, pixels: np.ndarray) -> list[Tag]:
+        return []
+
+
+VARIANTS = {
+    "curate_least": least,
+    "curate_everything": everything,
+    "stream": stream,
+    "stream_everything": stream_everything,
+}
 
 
 def complaint(path: str, golden: str, now: str) -> str:

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from beam_pipelines.cli import run as command_line
 from beam_pipelines.curate_images import curate
 from beam_pipelines.options import parse_options
 from shards.errors import BadRequest
 from shards.snapshot import Snapshot
 from synthesis.local import LocalVlm
-from tests.tiny_vlm import QUESTION
+from tests.tiny_vlm import ASK, QUESTION, save_tiny_vlm
 from training.language_models import smollm2_folder
 
 FALSE = {"2.png", "5.png"}
@@ -68,6 +69,47 @@ def test_false_answers_leave_and_a_rerun_asks_nothing_again(
     fresh = run(collected, tmp_path / "other", **options, reuse_from=[str(tmp_path / "out")])
     assert fresh.id == snapshot.id
     assert "6 losses known from the ledger, 0 measured now" in capfd.readouterr().err
+
+
+def test_what_a_local_model_says_of_an_image_comes_out(collected: str, tmp_path: Path) -> None:
+    """Question and answer are its own, by prompts of a user's that it was taught; the answer follows from the pixels."""
+    model, prompts = save_tiny_vlm(tmp_path / "model", asks=True), tmp_path / "prompts"
+    for name, inputs, text in (("question", "", ASK), ("answer_word", "question", "{{ question }}")):
+        (prompts / name).mkdir(parents=True)
+        head = f"---\nname: {name}\nversion: v1\npurpose: For a small model.\ninputs: [{inputs}]\nmax_tokens: 12\n---\n"
+        (prompts / name / "v1.j2").write_text(head + text)
+    snapshot = run(
+        collected,
+        tmp_path / "out",
+        vlm_local=str(model),
+        prompts=str(prompts),
+        answer_forms="word",
+        judge_min=0,
+        relevance=False,
+        agreement=False,
+    )
+    made = [sample for sample in snapshot.samples() if sample.provenance.generator != "source"]
+    assert snapshot.manifest.synthesised == len(made) == 6
+    for sample in made:
+        asked, answered = sample.conversation
+        assert QUESTION in asked.value and answered.value.lower().rstrip(".") in ("red", "blue")
+        assert sample.provenance.model.startswith("local@")
+    assert {sample.conversation[1].value.lower().rstrip(".") for sample in made} == {"red", "blue"}
+
+
+def test_losses_that_cannot_be_had_count_as_failures(
+    collected: str, tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = json.loads(Path(collected).read_text())[:3]
+    records[1]["conversations"][1]["value"] = "red " * 20_000
+    source = Path(collected).with_name("long.json")
+    source.write_text(json.dumps(records))
+    command = ["curate", "--input", str(source), "--output", str(tmp_path / "out"), "--loss-existing"]
+    command += ["--loss-model", str(tiny_folder), "--dedup-mode", "exact", "--max-error-rate"]
+    assert command_line([*command, "loss_too_long=0.3"]) == 3
+    assert "1 of 3 failed with loss_too_long, 33.33%" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "CURRENT").exists()
+    assert command_line([*command, "loss_too_long=0.34"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 
 from beam_pipelines.cli import DONE
@@ -23,6 +24,8 @@ from shards.records import SourceSample
 from shards.snapshot import open_snapshot
 from tests.beam_pipelines.requests import sources_of
 from tests.proof.counts import count
+
+pytestmark = pytest.mark.proof
 
 SAMPLES, PICTURES, MAX_IMAGES = count(1000, 200), 60, 8
 BROKEN = 7

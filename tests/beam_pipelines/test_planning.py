@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from beam_pipelines.cli import run
-from beam_pipelines.report import write_report
+from beam_pipelines.pages.report import write_report
 from shards.errors import BadRequest, CorruptShard
 from shards.records import Tag
 from shards.snapshot import open_snapshot

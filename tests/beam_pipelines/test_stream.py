@@ -3,8 +3,6 @@
 import datetime
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -12,23 +10,28 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from beam_pipelines import stream_images
 from beam_pipelines.cli import run
+from beam_pipelines.metrics import read_metrics
 from beam_pipelines.options import StreamOptions, parse_as
 from beam_pipelines.stream_images import Looks, stream
+from embeddings.stream import CellState
+from shards.errors import BadData, BadRequest
 from shards.ids import image_id_of
 from shards.ledger import ImageRow, Ledger
+from shards.records import Tag
 from shards.snapshot import Snapshot, open_snapshot, read_current
 from shards.storage import storage_of
 from shards.verify import verify_snapshot
 from tests.loopback_gcs import LoopbackGcs
 from tests.loopback_pubsub import SUBSCRIPTION, LoopbackPubsub, pubsub  # noqa: F401  (a fixture)
 from tests.proof import counts
+from tests.proof.nursery import Child
 
-REPOSITORY = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
 
@@ -99,6 +102,17 @@ def test_looks_and_a_fold_give_what_one_run_gives(
         "image_file_missing": 1,
     }
     assert not list(verify_snapshot(second))
+    metrics, unheard = read_metrics(second)
+    assert not unheard and [source["name"] for source in metrics["sources"]] == ["photos"]
+    (junk,) = metrics["failures"]["decode/unknown_format"]
+    assert junk["name"] == "more/junk.jpg" and junk["message"] and junk["attempts"] == 1
+    followed = metrics["stream"]
+    assert followed["arrivals"] == 4 and followed["waiting"] == 0
+    assert (
+        followed["watermark_ms"]
+        == second.manifest.window["end_ms"] + 30_000
+        == followed["window_end_ms"] + 30_000
+    )
     assert sorted(second.media.ids()) == sorted(first.media.ids())
 
     (photos / corpus[4].name).write_bytes(corpus[4].read_bytes())
@@ -141,13 +155,100 @@ def _arrived(out: Path) -> Counter[str]:
     return codes(open_snapshot(str(out))) if read_current(storage_of(str(out))).snapshot else Counter()
 
 
+looked: list[tuple[int, ...]] = []
+
+
+class Shape:
+    """Says which way a picture is longer, and will not look at square ones."""
+
+    fingerprint = "shape 1"
+    names = ("wide", "high")
+
+    def tags(self, pixels: np.ndarray) -> list[Tag]:
+        looked.append(pixels.shape)
+        if pixels.shape[0] == pixels.shape[1]:
+            raise BadData("square", "neither")
+        return [Tag("wide" if pixels.shape[1] > pixels.shape[0] else "high", 1000)]
+
+
+def test_windows_leave_out_what_is_protected_or_has_an_unwanted_tag(
+    tmp_path: Path, corpus: list[Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    photos, bench, out = (tmp_path / name for name in ("photos", "bench", "out"))
+    photos.mkdir()
+    bench.mkdir()
+    with Image.open(corpus[0]) as image:
+        image.convert("RGB").save(bench / "protected.png")
+        image.convert("RGB").save(photos / "copy.jpg", quality=60)
+    for path, name, size in zip(
+        corpus[1:6],
+        ("high", "wide", "square", "tall", "long"),
+        ((3, 4), (4, 3), (1, 1), (1, 2), (2, 1)),
+        strict=True,
+    ):
+        with Image.open(path) as image:
+            image.convert("RGBA").convert("RGB").resize((160 * size[0], 160 * size[1])).save(
+                photos / f"{name}.png"
+            )
+    (photos / "again.png").write_bytes((photos / "tall.png").read_bytes())
+    asked = {
+        "decontaminate": [f"bench={bench}"],
+        "tagger": ["classes", f"{__name__}:Shape"],
+    }
+    looked.clear()
+    options = options_of(f"photos={photos}", out, once=True, drop_tag=["wide=0.9"], **asked)
+    stream(options, console=_quiet())
+    snapshot = open_snapshot(str(out))
+    told = fates(snapshot)
+    assert told.pop("tall.png")[0] != told.pop("again.png")[0]
+    assert told == {
+        "copy.jpg": ("filtered", "benchmark_phash_verified"),
+        "high.png": ("kept", "kept"),
+        "wide.png": ("filtered", "unwanted_tag"),
+        "long.png": ("filtered", "unwanted_tag"),
+        "square.png": ("dead", "not_looked_at"),
+    }
+    assert codes(snapshot, "sample")["image_benchmark_phash_verified"] == 1
+    assert all("high" in {tag.name for tag in sample.tags} for sample in snapshot.samples())
+    assert not list(verify_snapshot(snapshot)) and len(looked) == 6
+    # Where none is unwanted, the model only tells.
+    telling = tmp_path / "telling"
+    stream(options_of(f"photos={photos}", telling, once=True, **asked), console=_quiet())
+    tags = {one.origin.name: {tag.name for tag in one.tags} for one in open_snapshot(str(telling)).samples()}
+    assert "wide" in tags["long.png"] and "high" in tags["high.png"] and "square.png" in tags
+
+    looked.clear()
+    assert run(["compact", str(out)]) == 0
+    folded = open_snapshot(str(out))
+    assert len(looked) == 1, "the one that it would not look at"
+    told.pop("square.png")
+    assert told.items() <= fates(folded).items()
+    assert folded.manifest.decontaminated["bench"]["candidates"] == 1
+
+
+def _sizes_of_cells(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of the state of every cell, each time that it is written."""
+    sizes, encode = [], CellState.encode
+
+    def measured(state: CellState) -> bytes:
+        encoded = encode(state)
+        sizes.append(len(encoded))
+        return encoded
+
+    monkeypatch.setattr(CellState, "encode", measured)
+    return sizes
+
+
+@pytest.mark.proof
 def test_notices_that_come_twice_late_out_of_order_or_broken(
     gcs: LoopbackGcs,
     pubsub: LoopbackPubsub,  # noqa: F811
     tmp_path: Path,
     corpus: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     count, chance = counts.count(10_000, 40), Random(5)
+    sizes = _sizes_of_cells(monkeypatch)
     root, out = f"gs://{gcs.bucket}/photos", tmp_path / "out"
     storage = storage_of(root)
     contents = {}
@@ -158,6 +259,8 @@ def test_notices_that_come_twice_late_out_of_order_or_broken(
     distinct = min(20, count)
     for name, data in contents.items():
         storage.write(name, data)
+    (tmp_path / "bench.png").write_bytes(corpus[20].read_bytes())
+    storage.write("protected.png", corpus[20].read_bytes() + bytes(1))
     missed = [f"{count - 1 - number}{corpus[(count - 1 - number) % 20].suffix}" for number in range(3)]
 
     def notice(name: str, seconds_ago: float) -> dict[str, str]:
@@ -170,9 +273,15 @@ def test_notices_that_come_twice_late_out_of_order_or_broken(
 
     told = [notice(name, chance.uniform(-60, 3600)) for name in contents if name not in missed]
     told += chance.choices(told, k=count // 4)
-    told += [notice("gone.jpg", 0), notice("../elsewhere.jpg", 0), notice("beside.json", 0)]
+    told += [
+        notice("protected.png", 0),
+        notice("gone.jpg", 0),
+        notice("../elsewhere.jpg", 0),
+        notice("beside.json", 0),
+    ]
     chance.shuffle(told)
-    options = options_of(f"photos={root}", out, subscription=SUBSCRIPTION, window="2", lateness="1")
+    flags = {"subscription": SUBSCRIPTION, "window": "2", "lateness": "1", "horizon_images": "1000"}
+    options = options_of(f"photos={root}", out, decontaminate=[f"bench={tmp_path}/bench.png"], **flags)
 
     def listening() -> tuple[threading.Thread, threading.Event]:
         stop = threading.Event()
@@ -190,7 +299,8 @@ def test_notices_that_come_twice_late_out_of_order_or_broken(
     pubsub.publish({"bucketId": gcs.bucket}, b"{", "poison")
     pubsub.publish({"bucketId": gcs.bucket}, b"{", "poison")
     thread, stop = listening()
-    _until(lambda: pubsub.unacknowledged() == 0 and _arrived(out).total() > 0)
+    within_s = counts.count(3600, 120)
+    _until(lambda: pubsub.unacknowledged() == 0 and _arrived(out).total() > 0, within_s)
     stop.set()  # wherever it is
     thread.join()
 
@@ -198,7 +308,7 @@ def test_notices_that_come_twice_late_out_of_order_or_broken(
     for message in told[half:]:
         pubsub.publish(message)
     thread, stop = listening()
-    _until(lambda: pubsub.unacknowledged() == 0)
+    _until(lambda: pubsub.unacknowledged() == 0, within_s)
     stop.set()
     thread.join()
     # What the runner had taken and not committed, and what no notice told of, lies there still.
@@ -214,32 +324,30 @@ def test_notices_that_come_twice_late_out_of_order_or_broken(
         if unit == "image"
     )
     assert {name: names[name] for name in contents} == dict.fromkeys(contents, 1)
-    assert set(names) - set(contents) <= {"gone.jpg", "poison"}
+    # What a listing would pass over is no arrival.
+    assert set(names) - set(contents) <= {"gone.jpg", "poison", "protected.png"}
+    assert fates(snapshot)["protected.png"] == ("filtered", "benchmark_cosine_verified")
     assert not list(verify_snapshot(snapshot))
     stored = {image_id_of(data) for data in contents.values()}
     assert set(snapshot.media.ids()) <= stored and len(set(snapshot.media.ids())) == distinct
+    # Of every image, but of no more than the newest thousand.
+    assert 0 < max(sizes) <= 40 + (92 + 2 * 1280 + 8 + 128) * min(count, 1000)
 
 
 def test_sigterm_commits_what_has_arrived(tmp_path: Path, corpus: list[Path]) -> None:
     photos, out = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
     (photos / "first.jpg").write_bytes(corpus[0].read_bytes())
-    command = [sys.executable, "-m", "beam_pipelines.stream_images"]
-    child = subprocess.Popen(
-        [*command, "--input", str(photos), "--output", str(out), "--poll-every", "600"],
-        cwd=REPOSITORY,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    )
+    arguments = ["--input", str(photos), "--output", str(out), "--poll-every", "600"]
+    child = Child(tmp_path / "log", arguments, module="beam_pipelines.stream_images")
     try:
-        _until(lambda: child.poll() is not None or _arrived(out).total() == 1)
+        _until(lambda: not child.process.is_alive() or _arrived(out).total() == 1)
         (photos / "second.jpg").write_bytes(corpus[1].read_bytes())
-        child.send_signal(signal.SIGTERM)
-        _, said = child.communicate(timeout=120)
+        os.kill(child.pid, signal.SIGTERM)
+        done = child.wait()
     finally:
         child.kill()
-    assert child.returncode == 0, said
+    assert done.code == 0, done.output
     assert codes(open_snapshot(str(out))) == {"kept": 2}
     assert not [path for path in (out / ".staging").rglob("*") if path.is_file()]
 
@@ -248,9 +356,11 @@ def test_sigterm_commits_what_has_arrived(tmp_path: Path, corpus: list[Path]) ->
     ("more", "said"),
     [
         ({"limit": "5"}, "--limit: a window cannot honour it"),
+        ({"max_error_rate": ["any=0.1"]}, "--max-error-rate: a window cannot honour it"),
         ({"geometric": True}, "--geometric: a window cannot honour it"),
         ({"vlm_base_url": ["http://127.0.0.1:9/v1"]}, "--vlm-base-url: a window cannot honour it"),
-        ({"tagger": ["ocr"]}, "--tagger: models that look at pixels"),
+        ({"tagger": ["vlm"]}, "--tagger vlm: needs a model that sees"),
+        ({"decontaminate": ["bench=nowhere"]}, "--decontaminate bench=nowhere: no such file"),
         ({"input": ["nowhere"]}, "nowhere"),
         ({"subscription": "objects"}, "--subscription 'objects'"),
     ],
@@ -273,6 +383,14 @@ def test_what_a_window_cannot_honour_stops_before_work_starts(
     errors = capfd.readouterr().err.strip()
     assert said in errors and len(errors.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_flink_protects_no_benchmark_in_a_stream(tmp_path: Path, corpus: list[Path]) -> None:
+    folder = str(corpus[0].parent)
+    options = options_of(folder, tmp_path / "out", decontaminate=[f"bench={corpus[0]}"])
+    with pytest.raises(BadRequest, match="--decontaminate: on Flink a stream has no side inputs"):
+        stream_images.prepare_stream(options, ["--runner=FlinkRunner"])
+    assert stream_images.prepare_stream(options, ["--runner=PrismRunner"])[0].job.benchmarks
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, corpus: list[Path]) -> None:

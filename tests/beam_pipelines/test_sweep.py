@@ -9,11 +9,19 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from beam_pipelines import sweep as sweeping
 from beam_pipelines.cli import run
 from beam_pipelines.curate_images import curate
 from beam_pipelines.options import parse_options
-from beam_pipelines.sweep import COSINE, PHASH, STRUCTURE, KnobCurve, ranges_of, run_sweep, values_of
+from beam_pipelines.sweep import (
+    COSINE,
+    PHASH,
+    STRUCTURE,
+    KnobCurve,
+    ranges_of,
+    run_sweep,
+    telling_of,
+    values_of,
+)
 from embeddings.duplicates import DuplicateRule
 from images.fetch import Fetcher
 from shards.errors import BadRequest
@@ -83,8 +91,9 @@ def kept_by_source(snapshot: Snapshot) -> dict[str, int]:
 
 def curves_of(snapshot: Snapshot, **given: str) -> dict[str, KnobCurve]:
     knobs = {"cosine": COSINE, "phash": PHASH, "structure": STRUCTURE}
-    ranges = ranges_of({knobs[name]: text for name, text in given.items()}, snapshot)
-    return {curve.knob.field: curve for curve in run_sweep(snapshot, ranges, quietly).curves}
+    telling = telling_of(snapshot)
+    ranges = ranges_of({knobs[name]: text for name, text in given.items()}, telling)
+    return {curve.knob.field: curve for curve in run_sweep(snapshot, telling, ranges, quietly).curves}
 
 
 def quietly(what: str, total: int) -> contextlib.nullcontext:
@@ -127,8 +136,9 @@ def test_the_command_prints_counts_and_writes_an_inert_page(
     assert "<script" not in text and "http" not in text.replace("http-equiv=Content-Security-Policy", "")
     assert text.count("<svg") == 2 and text.count("<polyline") == 2 * 3 and text.count('class="here"') == 2
     assert "duplicate at 0.14, kept at 0.12" in text or "duplicate at 0.12, kept at 0.10" in text
-    assert text.count('src="data:image/jpeg;base64,') > 0
-    assert "no picture: duplicate in this snapshot, so not in its media" in text
+    assert text.count('src="data:image/jpeg;base64,') == 2 * text.count('class="pair"'), (
+        "losers too, from their source"
+    )
     assert 0 < text.count('class="pair"') <= 12
     said(capfd, str(out), "--cosine", "0.9")
     assert (out / "sweep.html").exists()
@@ -203,9 +213,9 @@ def test_mode_exact_is_refused_and_mode_similar_goes_by_the_cosine(
     made_of(tmp_path / "exact", dedup_mode="exact")
     assert "mode exact compares bytes alone" in said(capfd, str(tmp_path / "exact"), code=2)
     similar = made_of(tmp_path / "similar", dedup_mode="similar")
-    assert list(ranges_of({}, similar)) == [COSINE]
+    assert list(ranges_of({}, telling_of(similar))) == [COSINE]
     with pytest.raises(BadRequest, match="--phash 3: says nothing here.*--cosine"):
-        ranges_of({PHASH: "3"}, similar)
+        ranges_of({PHASH: "3"}, telling_of(similar))
 
 
 def test_an_empty_snapshot_is_said_to_be_empty(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -226,7 +236,7 @@ def test_what_is_missing_is_named(out: Path, tmp_path: Path, capfd: pytest.Captu
     old = made_of(tmp_path / "old")
     del old.manifest.options["cosine"]
     with pytest.raises(BadRequest, match="does not say its cosine"):
-        sweeping.rule_of(old)
+        telling_of(old)
 
 
 def test_ranges() -> None:

@@ -1,22 +1,29 @@
 """Tags of heads, of models that look, and of a user's own."""
 
+import html
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from beam_pipelines.cli import run
 from beam_pipelines.curate_images import curate
+from beam_pipelines.explain import explain_text
 from beam_pipelines.fit_tagger import read_vocabulary, tags_in
 from beam_pipelines.options import parse_options
+from beam_pipelines.pages.report import write_report
 from beam_pipelines.planting import chart, invoice, page
+from embeddings.encoder import EncoderSpec, load_encoder
 from embeddings.tagger import LinearTagger, evaluate, tagger_bytes
 from shards.errors import BadData, BadRequest
 from shards.ledger import Ledger, TagsRow
 from shards.records import Tag
 from shards.snapshot import Snapshot
+from shards.verify import verify_snapshot
 from tests.scripted_vlm import scripted_server
 
 looked: list[tuple[int, ...]] = []
@@ -26,6 +33,7 @@ class Corner:
     """Says how bright the first pixel is; will not look at images that are wider than high."""
 
     fingerprint = "corner 1"
+    names = ("bright corner",)
 
     def tags(self, pixels: np.ndarray) -> list[Tag]:
         looked.append(pixels.shape)
@@ -147,8 +155,116 @@ def test_the_runs_own_model_tags_what_it_sees(documents: Path, tmp_path: Path) -
         assert set(map(tuple, tags_by_name(first).values())) == {("bar chart", "colour key")}
         assert server.total == 3 and first.manifest.synthesised == 0
         assert curated(tmp_path / "out", pictures, **options).id == first.id and server.total == 3
+        without = curated(tmp_path / "out", pictures, drop_tag=["Bar Chart", "whatever"], **options)
+        assert without.manifest.funnels["image"].filtered == 3 and server.total == 3
     with pytest.raises(BadRequest, match="--tagger vlm: needs a model that sees"):
         curated(tmp_path / "other", pictures, tagger=["vlm"])
+
+
+def test_images_with_an_unwanted_tag_are_no_keepers(
+    documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    with Image.open(documents / "page" / "0.png") as opened:
+        whole = opened.convert("RGB").resize((600, 800))
+    small = whole.resize((480, 640))
+    whole.putpixel((0, 0), (255, 255, 255))
+    small.putpixel((0, 0), (0, 0, 0))
+    whole.save(pictures / "large.png")
+    small.save(pictures / "small.png")
+    shutil.copy(pictures / "large.png", pictures / "same.png")
+    shutil.copy(documents / "chart" / "0.png", pictures / "wide.png")
+    out, options = tmp_path / "out", {"tagger": ["classes", f"{__name__}:Corner"]}
+
+    def fates(snapshot: Snapshot) -> dict[str, tuple[str, str]]:
+        rows = (row for row in snapshot.table("decisions").to_pylist() if row["unit"] == "image")
+        return {row["name"]: (row["fate"], row["code"]) for row in rows}
+
+    looked.clear()
+    first = fates(curated(out, pictures, **options))
+    assert first["small.png"][0] == "duplicate" and {first["large.png"], first["same.png"]} == {
+        ("kept", "kept"),
+        ("duplicate", "same_bytes"),
+    }
+    assert len(looked) == 2  # the keeper and the wide one
+
+    snapshot = curated(out, pictures, drop_tag=["Bright Corner=0.9"], **options)
+    assert fates(snapshot) == {
+        "large.png": ("filtered", "unwanted_tag"),
+        "same.png": ("filtered", "unwanted_tag"),
+        "small.png": ("kept", "kept"),
+        "wide.png": ("dead", "not_looked_at"),
+    }
+    # The small one, and the wide one once more: what failed is no fact.
+    assert len(looked) == 4
+    assert not list(verify_snapshot(snapshot))
+    rows = {(row["unit"], row["name"]): row for row in snapshot.table("decisions").to_pylist()}
+    row = rows["image", "large.png"]
+    assert (row["stage"], row["score"], row["threshold"]) == ("drop_tag:bright corner", 1.0, 0.9)
+    assert rows["sample", "large.png"]["code"] == "image_unwanted_tag"
+    assert rows["sample", "wide.png"]["code"] == "image_not_looked_at"
+    (letter,) = snapshot.table("dead").to_pylist()
+    assert letter["code"] == "not_looked_at"
+    assert "filtered, tag bright corner, score 1.000 ≥ 0.9" in explain_text(snapshot, "large.png")
+    page = html.unescape(Path(write_report(str(out))).read_text())
+    assert "tag bright corner, score 1.000 ≥ 0.9" in page
+
+    # Another threshold shows no image to the model again, but for the one that it would not look at.
+    small_too = curated(out, pictures, drop_tag=["bright corner=0.9", "tench=1"], **options)
+    assert len(looked) == 5 and fates(small_too) == fates(snapshot)
+
+    command = ["curate", "--input", str(pictures), "--output", str(out), "--tagger", options["tagger"][1]]
+    assert run([*command, "--drop-tag", "bright corner", "--max-error-rate", "not_looked_at=0.1"]) == 3
+    assert "1 of 4 failed with not_looked_at" in capsys.readouterr().err
+
+
+def test_a_class_or_a_head_may_be_unwanted(documents: Path, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for kind in ("page", "chart"):
+        shutil.copy(documents / kind / "0.png", pictures / f"{kind}.png")
+    out = tmp_path / "out"
+    found = tags_by_name(curated(out, pictures, tag_min_score=0.0))
+    tag, score = next(iter(found["page.png"].items()))
+    snapshot = curated(out, pictures, drop_tag=[f"{tag.upper()}={score / 1000}"])
+    rows = {row["name"]: row for row in snapshot.table("decisions").to_pylist() if row["unit"] == "image"}
+    assert rows["page.png"]["stage"] == f"drop_tag:{tag}"
+    assert rows["page.png"]["score"] == rows["page.png"]["threshold"] == score / 1000
+    counters = json.loads(snapshot.storage.read("metrics.json"))
+    assert "page.png" not in tags_by_name(snapshot) and counters["snapshot_id"] == snapshot.id
+
+    # What a head says of these very vectors: always yes.
+    encoder = load_encoder(EncoderSpec("tf_efficientnet_lite0", "auto", "cpu", 0, 0))
+    sure = LinearTagger(
+        ("Page",), np.zeros((1, 1280), np.float32), np.ones(1, np.float32), encoder.fingerprint
+    )
+    path = tmp_path / "sure.safetensors"
+    nothing = evaluate(sure, np.zeros((0, 1280), np.float16), np.zeros((0, 1), bool))
+    path.write_bytes(tagger_bytes(sure, nothing))
+    with_head = curated(out, pictures, tagger=[str(path)], drop_tag=["page=0.731"])
+    assert with_head.manifest.funnels["image"].filtered == 2
+    assert (
+        curated(out, pictures, tagger=[str(path)], drop_tag=["page=0.732"]).manifest.funnels["image"].kept
+        == 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("drop", "said"),
+    [
+        ("nsfw", "no --tagger gives such a tag"),
+        ("great white sharks=0.5", "did you mean 'great white shark'?"),
+        ("Unsafe=0.8", "--tagger safety does"),
+        ("tench=2", "a score above 0 and at most 1"),
+        ("tench=high", "a score above 0 and at most 1"),
+        ("=0.3", "a name and a score"),
+    ],
+)
+def test_what_cannot_be_dropped(corpus: list[Path], tmp_path: Path, drop: str, said: str) -> None:
+    with pytest.raises(BadRequest, match=f"--drop-tag {re.escape(drop)}: .*{re.escape(said)}"):
+        curated(tmp_path / "out", corpus[0], drop_tag=[drop])
+    assert not (tmp_path / "out").exists()
 
 
 def test_text_is_told_from_none(documents: Path, corpus: list[Path], tmp_path: Path) -> None:

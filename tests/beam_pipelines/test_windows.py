@@ -2,16 +2,19 @@
 
 import hashlib
 import itertools
+import json
 from pathlib import Path
 
 import pytest
 
+from beam_pipelines.metrics import read_metrics
 from beam_pipelines.windows import (
     Gathered,
     Settled,
     WindowPart,
     Writing,
     commit_window,
+    few_letters,
     gather,
     settle_window,
     write_window,
@@ -24,7 +27,7 @@ from images.web import WebOptions
 from shards.ids import image_id_of
 from shards.records import DeadLetter, Decision, MediaRef, Origin, Sample, SourceImage, Tag, TaggedImage
 from shards.snapshot import Destination, open_by_id, read_current
-from transforms.commit import fate_key
+from transforms.commit import RunFacts, fate_key
 from transforms.hold_back import Answer
 
 SOURCE = Source(0, "photos", "photos", "files", "photos", license="CC0", language="en", weight=2.0)
@@ -32,9 +35,9 @@ SOURCE = Source(0, "photos", "photos", "files", "photos", license="CC0", languag
 
 def writing_to(folder: Path) -> Writing:
     to = Destination(str(folder / "out"), "f" * 32)
-    options = {"max_shard_size": 10**6}
+    facts = RunFacts("", {"max_shard_size": 10**6}, {"sources": [SOURCE._asdict()]})
     return Writing(
-        to, Reach(WebOptions()), {"photos": SOURCE}, DuplicateRule(), "e n", options, 10**6, 1, 0, 10**6
+        to, Reach(WebOptions()), {"photos": SOURCE}, DuplicateRule(), "e n", facts, 10**6, 1, 0, 10**6
     )
 
 
@@ -144,3 +147,66 @@ def test_a_part_that_is_repeated_is_committed_once(tmp_path: Path, monkeypatch: 
     chain = open_by_id(storage, third).manifests
     assert [manifest.snapshot_id for manifest in chain] == [first, second, third]
     assert [manifest.window["token"][0] for manifest in chain] == ["a", "b", "c"]
+
+
+def test_metrics_tell_failures_and_how_far_behind_the_stream_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0")
+    writing = writing_to(tmp_path)
+    letters = [
+        DeadLetter(b"", "decode", "unknown_format", "photos", f"{number}.png", 0, "no image")
+        for number in range(9)
+    ]
+    last = ""
+    for name, some in (("a", letters[:3]), ("b", letters[3:]), ("c", [])):
+        monkeypatch.setattr("time.time", lambda: 100.0)
+        part = part_of(tmp_path, f"{name}.png", writing, name * 32)
+        last = commit_window(part._replace(letters=few_letters(reversed(some)), waiting=7), last, writing)
+        metrics, unheard = read_metrics(open_by_id(writing.to.storage, last))
+        assert not unheard and metrics["sources"][0]["folder"] == "photos"
+    assert [one["name"] for one in metrics["failures"]["decode/unknown_format"]] == [
+        f"{n}.png" for n in range(5)
+    ]
+    assert metrics["stream"] == {
+        "window_end_ms": 60_000,
+        "watermark_ms": 60_000,
+        "committed_ms": 100_000,
+        "behind_s": 40.0,
+        "arrivals": 1,
+        "waiting": 7,
+    }
+    # A run that folded in between tells of its own failures alone.
+    writing.to.storage.write(
+        "metrics.json", json.dumps({"snapshot_id": "another", "failures": {"x/y": []}}).encode()
+    )
+    last = commit_window(part_of(tmp_path, "d.png", writing, "d" * 32), last, writing)
+    assert read_metrics(open_by_id(writing.to.storage, last))[0]["failures"] == {}
+
+
+def test_a_window_that_died_before_its_metrics_loses_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0")
+    writing = writing_to(tmp_path)
+    storage = writing.to.storage
+    letter = DeadLetter(b"", "decode", "unknown_format", "photos", "x.png", 0, "no image")
+    questions = {"all": {"planned": 3}}
+    parts = [
+        part_of(tmp_path, f"{name}.png", writing, name * 32)._replace(letters=[letter]) for name in "abcd"
+    ]
+    first = commit_window(parts[0], "", writing)
+    told = json.loads(storage.read("metrics.json"))
+    storage.write("metrics.json", json.dumps({**told, "questions": questions}).encode())
+    before = storage.read("metrics.json")
+    second = commit_window(parts[1], first, writing)
+    storage.write("metrics.json", before)  # as if that window had died
+    assert commit_window(parts[1], first, writing) == second
+    repaired, unheard = read_metrics(open_by_id(storage, second))
+    assert not unheard and repaired["questions"] == questions
+    assert len(repaired["failures"]["decode/unknown_format"]) == 2
+    third = commit_window(parts[2], second, writing)
+    storage.write("metrics.json", before)  # and was never tried again
+    commit_window(parts[3], third, writing)
+    told = json.loads(storage.read("metrics.json"))
+    assert len(told["failures"]["decode/unknown_format"]) == 2 and told["questions"] == questions

@@ -66,9 +66,11 @@ def test_a_job_is_local_where_its_workers_are() -> None:
 
 
 def test_flink_gets_what_its_job_server_needs_unless_it_is_said() -> None:
-    given = beam_options(["--runner=FlinkRunner", "--checkpointing_interval=2000"], 1).get_all_options()
+    options = beam_options(["--runner=FlinkRunner", "--checkpointing_interval=2000"], 1)
+    given = options.get_all_options(retain_unknown_options=True)
     assert given["experiments"] == ["pre_optimize=all"]
     assert given["environment_cache_millis"] == "3600000"
+    assert given["finish_bundle_before_checkpointing"]
     said = beam_options(
         ["--runner", "FlinkRunner", "--experiments=pre_optimize=none", "--environment_cache_millis=0"], 1
     ).get_all_options()

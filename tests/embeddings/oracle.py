@@ -114,3 +114,11 @@ def clustered(
         chosen = list(groups) or [Group(Thresholds(0.85, 8, 122))]
         made.append(print_of(one, int(rng.integers(len(chosen))), chosen))
     return made
+
+
+def unit(seed: int, count: int, dimensions: int, centres: int, spread: float) -> np.ndarray:
+    """Float16 vectors of norm 1 around so many centres."""
+    rng = np.random.default_rng(seed)
+    middles = rng.normal(size=(centres, dimensions))
+    vectors = middles[rng.integers(centres, size=count)] + spread * rng.normal(size=(count, dimensions))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)

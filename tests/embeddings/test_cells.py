@@ -1,4 +1,4 @@
-"""That every pair meets: cells and bands against all pairs, and what a plan says."""
+"""That every pair meets: cells and bands against all pairs."""
 
 from pathlib import Path
 
@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from embeddings.buckets import Buckets, find_near_duplicates
-from embeddings.cells import Cells, Router, bands, brute_force, fit, plan_cells
+from embeddings.cell_plan import brute_force, fit
+from embeddings.cells import Cells, Router, bands
 from embeddings.duplicates import DuplicateRule, Group, Pairing, Prints, Thresholds, orientations
-from tests.embeddings.oracle import clustered, oracle, turned
+from tests.embeddings.oracle import clustered, oracle, turned, unit
 
 GROUPS = [
     Group(DuplicateRule("copies", 0.9).thresholds),
@@ -21,15 +22,8 @@ GROUPS = [
 ]
 
 
-def unit(seed: int, count: int, dimensions: int, centres: int, spread: float) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    middles = rng.normal(size=(centres, dimensions))
-    vectors = middles[rng.integers(centres, size=count)] + spread * rng.normal(size=(count, dimensions))
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
-
-
-def some_cells(vectors: np.ndarray, count: int, parts: int = 1, max_guests: int = -1) -> Cells:
-    return Cells(fit(vectors, count), np.full(count, parts), max_guests)
+def some_cells(vectors: np.ndarray, count: int, parts: int = 1, reach: float = 1.0) -> Cells:
+    return Cells(fit(vectors, count), np.full(count, parts), reach)
 
 
 @settings(max_examples=25, deadline=None)
@@ -53,12 +47,27 @@ def test_every_pair_meets_in_a_home(seed: int, dimensions: int, cosine: float, s
         assert (a, homes[b]) in visits or (b, homes[a]) in visits
 
 
-def test_a_limit_on_guests_is_one() -> None:
+def test_a_shorter_reach_sends_fewer_guests_and_the_needed_one_is_enough() -> None:
     vectors = unit(1, 500, 16, 20, 0.5)
-    every = Router(some_cells(vectors, 16), 0.9).route(vectors)
-    most = Router(some_cells(vectors, 16, max_guests=2), 0.9).route(vectors)
-    assert len(every.rows) > len(most.rows) and np.bincount(most.rows).max() == 3
-    assert set(zip(most.rows, most.cells, strict=True)) <= set(zip(every.rows, every.cells, strict=True))
+    router = Router(some_cells(vectors, 16), 0.9)
+    every = router.route(vectors)
+    wide = vectors.astype(np.float32)
+    ours, theirs = np.triu(wide @ wide.T >= 0.9, 1).nonzero()
+    needed = router.needed(wide[ours], wide[theirs])
+    assert (needed <= 1).all() and (needed > 0.3).any()
+    for reach in (0.05, 0.2):
+        rows, cells, home = Router(some_cells(vectors, 16, reach=reach), 0.9).route(vectors)
+        visits = set(zip(rows.tolist(), cells.tolist(), strict=True))
+        assert len(visits) < len(every.rows) and visits <= set(
+            zip(every.rows.tolist(), every.cells.tolist(), strict=True)
+        )
+        homes = np.empty(500, int)
+        homes[rows[home]] = cells[home]
+        met = [
+            (a, homes[b]) in visits or (b, homes[a]) in visits
+            for a, b in zip(ours.tolist(), theirs.tolist(), strict=True)
+        ]
+        assert met == (needed <= reach).tolist() and not all(met)
 
 
 @pytest.mark.parametrize("max_bits", [0, 1, 8, 15, 63, 64])
@@ -108,31 +117,6 @@ def test_parts_of_a_cell_meet_once() -> None:
     )
     assert pairs == 120 * 119 // 2
     assert len({task.key for task in tasks}) == 6
-
-
-def test_plans() -> None:
-    vectors = unit(0, 6000, 32, 40, 0.15)
-    tight, wide = Thresholds(0.98, 8, 122), Thresholds(-0.5, 8, 122)
-    assert plan_cells(vectors[:50], 50, tight).cells.centroids.shape[0] == 1
-    plan = plan_cells(vectors, 60_000, tight)
-    assert len(plan.cells.centroids) > 1 and plan.estimate.share < 0.5 and plan.estimate.recall == 1
-    assert "brute force" in plan.why
-    assert len(plan_cells(vectors, 60_000, wide).cells.centroids) == 1
-    again = plan_cells(vectors, 60_000, tight, frozen=plan.cells.centroids)
-    assert again.cells.name == plan.cells.name
-    assert plan_cells(vectors, 200_000, wide).cells.parts.tolist() == [13]
-    # As many cells as the sample bears, where the square root of the images is more.
-    assert len(plan_cells(vectors, 10**9, tight).cells.centroids) == 1500
-
-
-def test_a_plan_for_less_than_all_pairs_searches_less() -> None:
-    vectors = unit(0, 4000, 32, 300, 0.15)
-    exact = plan_cells(vectors, 60_000, Thresholds(0.9, 8, 122))
-    nearly = plan_cells(vectors, 60_000, Thresholds(0.9, 8, 122), recall=0.9)
-    assert nearly.estimate.max_guests >= 0 and nearly.estimate.recall >= 0.9
-    assert nearly.estimate.cost(60_000, 32) < exact.estimate.cost(60_000, 32)
-    few = plan_cells(unit(0, 400, 32, 400, 1.0), 60_000, Thresholds(0.99, 8, 122), recall=0.9)
-    assert few.estimate.max_guests < 0 and "too few" in few.why
 
 
 def test_hashes_of_centroids_name_cells() -> None:

@@ -1,5 +1,8 @@
 """Forests against connected components of all pairs, and the work that is not done."""
 
+import gc
+import tracemalloc
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -73,6 +76,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forest, "_JOIN_AT", 64)
     monkeypatch.setattr(forest, "_UNCUT", 8)
     monkeypatch.setattr(forest, "_FEW", 6)
+    monkeypatch.setattr(forest, "_LEADING_AT", 16)
+    monkeypatch.setattr(forest, "_BOUNDED_ROWS", 4)
+    monkeypatch.setattr(forest, "_GATHERED", 4)
 
 
 @settings(max_examples=60, deadline=None)
@@ -107,6 +113,42 @@ def test_the_trees_are_the_components(
     assert partition(again.forest.edges) == expected
 
 
+@pytest.mark.parametrize("gathered", [0, 10**9])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_score_is_above_its_bound(seed: int, gathered: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gathered or in a product of blocks, the pairs that reach a score are those of the double loop."""
+    monkeypatch.setattr(forest, "_GATHERED", gathered)
+    monkeypatch.setattr(forest, "_GATHERED_BYTES", 5000)
+    prints = clustered(seed, 120, dimensions=64, centres=9)
+    vectors = Prints.of(prints).signatures.vectors
+    rng = np.random.default_rng(seed)
+    rows, columns = rng.permutation(120)[:50], rng.permutation(120)[:70]
+    label = rng.integers(0, 100, 120)
+    reaching = forest._Bounds(vectors.copy()).reaching(rows, columns, 0.9, label)
+    row, column = np.divmod(reaching.hits, 70)
+    scores = {(i, j): score_of(prints[i], prints[j]) for i in rows for j in columns if label[i] != label[j]}
+    expected = {pair: score for pair, score in scores.items() if score >= 0.9}
+    assert 10 < len(expected) < len(scores) / 2
+    found = dict(zip(zip(rows[row], columns[column], strict=True), reaching.values, strict=True))
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_what_is_scored_again_takes_bounded_memory() -> None:
+    """Where many bounds reach a score that few pairs have, as of documents of one template."""
+    rng = np.random.default_rng(0)
+    vectors = np.tile(rng.normal(size=(150, 1280)), (20, 1)) + 0.35 * rng.normal(size=(3000, 1280))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+    bounds, every, label = forest._Bounds(vectors), np.arange(3000), np.arange(3000)
+    rows = every[:64]
+    bounds.reaching(rows, every, 0.95, label)
+    tracemalloc.start()
+    try:
+        assert len(bounds.reaching(rows, every, 0.9, label).hits) > 20
+        assert tracemalloc.get_traced_memory()[1] < 8e6
+    finally:
+        tracemalloc.stop()
+
+
 def test_only_what_is_new_is_compared() -> None:
     prints = clustered(3, 200, centres=200)
     whole = find_forest(members(prints), "cosine", COPIES)
@@ -133,6 +175,26 @@ def test_many_copies_of_one_cost_a_comparison_each(monkeypatch: pytest.MonkeyPat
     found = find_forest(copies, "cosine", COPIES)
     assert len(found.forest.edges) == 399
     assert found.num_compared == forest._FIRST_ROWS * 400
+    # Of two parts of a cell, too: rows of one were not compared with each other.
+    monkeypatch.setattr(forest, "_UNCUT", 20)
+    parted = copies._replace(side=np.arange(400) % 2)
+    found = find_forest(parted, "cosine", COPIES)
+    assert len(found.forest.edges) == 399
+    assert found.num_compared <= (forest._FIRST_ROWS + forest._PROBES) * 200
+
+
+def test_a_search_leaves_no_vectors_behind() -> None:
+    copies = members(clustered(5, 50))
+    ours = copies.vectors.copy()
+    held = weakref.ref(ours)
+    gc.disable()
+    try:
+        find_forest(copies._replace(vectors=ours), "cosine", COPIES)
+        search = forest._Search(copies._replace(vectors=ours), "cosine", COPIES, "cpu")
+        del search, ours
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_ids_are_looked_up_by_all_their_bytes() -> None:

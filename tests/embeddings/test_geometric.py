@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embeddings.buckets import Buckets
-from embeddings.cells import Cells, fit
+from embeddings.cell_plan import fit
+from embeddings.cells import Cells
 from embeddings.duplicates import NEVER, Group, Pairing, Prints, Thresholds, exact_scores, ids_of
 from embeddings.geometric import Edge, Kept, losses, nearest, strongest
 from tests.embeddings.oracle import clustered

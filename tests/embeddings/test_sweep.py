@@ -9,7 +9,8 @@ import pytest
 from embeddings import buckets
 from embeddings import sweep as sweeping
 from embeddings.buckets import find_near_duplicates
-from embeddings.cells import BRUTE_FORCE, Cells, Plan, brute_force, fit
+from embeddings.cell_plan import BRUTE_FORCE, Plan, brute_force, fit
+from embeddings.cells import Cells
 from embeddings.duplicates import DuplicateRule, Group, Pairing, Print, Thresholds, walk
 from embeddings.sweep import sweep
 from shards.records import Verdict

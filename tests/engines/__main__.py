@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -15,8 +16,9 @@ BUILD = HERE.parents[1] / "examples" / ".build" / "engines"
 PRISM = "github.com/apache/beam/sdks/v2/go/cmd/prism@v2.77.0"
 JARS_SHA256 = "ce29e5a20231aade03dbe908e23e288906d3e0645a69b56b226018868d2e9ed0"
 """Of the lines `NAME SHA256` of all jars that flink.pom.xml leads to, sorted."""
+UNFETCHED = os.EX_TEMPFAIL
 SHOWN = {
-    "flink": "On a Flink cluster the batch job gave the bytes of a local run, also when a TaskManager was killed; a streaming graph counted right.",
+    "flink": "On a Flink cluster the batch job gave the bytes of a local run and the streaming job lost and doubled nothing, also when a TaskManager was killed.",
     "prism": "On Prism the batch job gave the bytes of a local run, and the streaming job lost and doubled nothing.",
 }
 
@@ -28,6 +30,18 @@ def sha256_of(jars: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def fetch(what: str, command: Sequence[str], **environment: str) -> None:
+    """Raises SystemExit with `UNFETCHED`, after saying that nothing was tested."""
+    print(f"getting {what} into {BUILD}, once; it takes some minutes", flush=True)
+    code = subprocess.run(command, env=os.environ | environment).returncode
+    if code:
+        print(
+            f"{what} could not be fetched, so nothing was tested on it: {command[0]} ended with {code}, for the reason above",
+            file=sys.stderr,
+        )
+        raise SystemExit(UNFETCHED)
+
+
 def fetch_flink() -> None:
     """Flink, Beam's runner for it and all they need, as Maven resolves them."""
     jars = BUILD / "flink"
@@ -35,7 +49,7 @@ def fetch_flink() -> None:
         return
     shutil.rmtree(jars, ignore_errors=True)
     copy = ["dependency:copy-dependencies", "-DincludeScope=runtime", f"-DoutputDirectory={jars}"]
-    subprocess.run(["mvn", "-B", "-q", "-C", "-f", str(HERE / "flink.pom.xml"), *copy], check=True)
+    fetch("Flink's jars", ["mvn", "-B", "-q", "-C", "-f", str(HERE / "flink.pom.xml"), *copy])
     if (found := sha256_of(jars)) != JARS_SHA256:
         raise SystemExit(f"the jars in {jars} are not those that were tested: {found}, not {JARS_SHA256}")
 
@@ -43,22 +57,20 @@ def fetch_flink() -> None:
 def fetch_prism() -> None:
     """Prism from source; the Go toolchain checks every module against the public checksum database."""
     if not (BUILD / "bin" / "prism").exists():
-        environment = os.environ | {"GOBIN": str(BUILD / "bin"), "GOFLAGS": "-trimpath"}
-        subprocess.run(["go", "install", PRISM], env=environment, check=True)
+        fetch("Prism", ["go", "install", PRISM], GOBIN=str(BUILD / "bin"), GOFLAGS="-trimpath")
 
 
 FETCH = {"flink": (fetch_flink, ("java", "mvn")), "prism": (fetch_prism, ("go",))}
 
 
 def main(engine: str) -> int:
-    fetch, needed = FETCH[engine]
+    get, needed = FETCH[engine]
     missing = [tool for tool in needed if shutil.which(tool) is None]
     if missing:
         print(f"{engine.title()} was not tried: {' and '.join(missing)} not on the path.")
         return 0
-    print(f"getting {engine.title()} into {BUILD}, once; it takes some minutes", flush=True)
     BUILD.mkdir(parents=True, exist_ok=True)
-    fetch()
+    get()
     failed = subprocess.run(
         [sys.executable, "-m", "pytest", "-v", str(HERE / f"test_{engine}.py")]
     ).returncode

@@ -7,7 +7,8 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from types import TracebackType
+from typing import NamedTuple, Self
 
 import pytest
 
@@ -21,6 +22,8 @@ from tests.engines.flink_cluster import REPOSITORY, FlinkCluster
 
 IMAGES_OF_CAPTIONS = 60
 ORIGINALS, LOOKALIKES_EACH = 3, 3
+PROTECTED = sorted(IMAGES.iterdir())[3]
+"""One of the images is a benchmark's: what images are compared with reaches every worker beside them."""
 
 
 class Batch(NamedTuple):
@@ -32,6 +35,7 @@ class Batch(NamedTuple):
         command = [sys.executable, "-m", "beam_pipelines.curate_images", "--output", str(out)]
         flags = [text for path in self.inputs for text in ("--input", path)]
         flags += ["--image-root", str(IMAGES), "--limit", str(IMAGES_OF_CAPTIONS)]
+        flags += ["--decontaminate", f"bench={PROTECTED}"]
         return subprocess.Popen(
             [*command, *flags, "--", *beam_args],
             stdout=subprocess.DEVNULL,
@@ -69,20 +73,25 @@ def wait_for(what: str, happened: object, timeout_s: float = 300) -> None:
 
 
 class Stream:
-    """`shardmill stream` over a folder that grows, listed every few seconds, as a process of its own."""
+    """`shardmill stream` over a folder that grows, listed every few seconds, as a process of its own that ends with its `with`."""
 
-    def __init__(self, folder: Path, beam_args: Sequence[str]) -> None:
+    def __init__(self, folder: Path, beam_args: Sequence[str], protects: bool) -> None:
         self.photos, self.out = folder / "photos", folder / "out"
         self.photos.mkdir()
-        self._command = [
-            sys.executable,
-            "-m",
-            "beam_pipelines.stream_images",
-            "--input",
-            f"photos={self.photos}",
-        ]
-        self._command += ["--output", str(self.out)]
+        self._errors = folder / "errors"
+        self._protecting = ["--decontaminate", f"bench={PROTECTED}"] if protects else []
         self._beam_args = beam_args
+        self._run: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._run and self._run.poll() is None:
+            self._run.send_signal(signal.SIGINT)
+            self._run.wait(60)
 
     def arrive(self, images: Sequence[Path]) -> None:
         for path in images:
@@ -91,14 +100,17 @@ class Stream:
             whole.rename(self.photos / path.name)
 
     def start(self) -> None:
+        command = [sys.executable, "-m", "beam_pipelines.stream_images"]
+        folders = ["--input", f"photos={self.photos}", "--output", str(self.out)]
         often = ["--poll-every", "3", "--window", "4", "--lateness", "2"]
-        self._run = subprocess.Popen(
-            [*self._command, *often, "--", *self._beam_args],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd=REPOSITORY,
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        )
+        with self._errors.open("wb") as errors:
+            self._run = subprocess.Popen(
+                [*command, *folders, *often, *self._protecting, "--", *self._beam_args],
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                cwd=REPOSITORY,
+                env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+            )
 
     def names(self) -> list[str]:
         """Of the images whose fate is decided, one for each decision row."""
@@ -109,23 +121,30 @@ class Stream:
 
     def wait_until_decided(self) -> None:
         wanted = {path.name for path in self.photos.iterdir()}
-        wait_for(
-            "the last window",
-            lambda: wanted <= set(self.names()) or self._run.poll() is not None,
-        )
-        assert self._run.poll() is None, "it ended"
+        wait_for("the last window", lambda: wanted <= set(self.names()) or not self._runs())
+        assert self._runs(), self._errors.read_text()
 
     def stop(self) -> None:
+        assert self._run
         self._run.send_signal(signal.SIGINT)
-        assert self._run.wait(60) == 130
+        assert self._run.wait(60) == 130, self._errors.read_text()
+
+    def _runs(self) -> bool:
+        return self._run is not None and self._run.poll() is None
 
     def check(self) -> None:
         """Nothing is lost or doubled, and folded windows are what one run gives."""
         assert self.names() == sorted(path.name for path in self.photos.iterdir())
-        assert not list(verify_snapshot(open_snapshot(str(self.out))))
+        windows = open_snapshot(str(self.out))
+        assert not list(verify_snapshot(windows))
+        rows = [row for row in windows.table("decisions").to_pylist() if row["unit"] == "image"]
+        assert [row["code"] for row in rows if row["name"] == PROTECTED.name] == [
+            "benchmark_bytes" if self._protecting else "kept"
+        ]
         once = self.out.parent / "once"
         assert run(["compact", str(self.out)]) == 0
-        assert run(["curate", "--input", f"photos={self.photos}", "--output", str(once)]) == 0
+        asked = ["--input", f"photos={self.photos}", "--output", str(once), *self._protecting]
+        assert run(["curate", *asked]) == 0
         folded, whole = open_snapshot(str(self.out)), open_snapshot(str(once))
         assert folded.id == whole.id and folded.manifest.media == whole.manifest.media
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from beam_pipelines.launch import beam_options, run_pipeline
 from shards.snapshot import Snapshot
 from shards.verify import verify_snapshot
-from tests.engines.conftest import Batch, same, wait_for
+from tests.conftest import IMAGES
+from tests.engines.conftest import Batch, Stream, same, wait_for
 from tests.engines.flink_cluster import FlinkCluster
 from tests.engines.small_stream import build
 
@@ -29,8 +30,7 @@ def test_a_task_manager_that_is_killed_changes_nothing(
     # Some images are embedded, others not: the job is in its middle.
     wait_for("the first embedded images", lambda: list(out.glob("ledger/images/*")) or run.poll() is not None)
     assert run.poll() is None
-    flink.kill("taskmanager1")
-    flink.start_task_manager()
+    flink.replace_task_manager()
     snapshot = batch.finish(run, out)
     assert flink.restarts() > 0
     assert same(snapshot, local)
@@ -49,6 +49,24 @@ def test_a_streaming_graph_is_taken_and_loses_and_doubles_nothing(
     found = {path.name: sorted(map(int, path.read_text().split())) for path in tmp_path.iterdir()}
     # Each number thrice together and once more, in windows of 0 to 4 and 5 to 9.
     assert found == {"0": [8, 8], "1": [4, 8], "2": [4, 8]}
+
+
+def test_the_streaming_job_loses_and_doubles_nothing_when_a_task_manager_is_killed(
+    flink: FlinkCluster, tmp_path: Path
+) -> None:
+    images = sorted(IMAGES.iterdir())
+    with Stream(tmp_path, [*flink.beam_args, "--checkpointing_interval=2000"], protects=False) as stream:
+        stream.arrive(images[:12])
+        stream.start()
+        stream.wait_until_decided()
+        stream.arrive(images[12:16])
+        flink.replace_task_manager()
+        stream.arrive(images[16:20])
+        stream.wait_until_decided()
+        assert flink.restarts() > 0
+        stream.stop()
+    wait_for("the end of the job", lambda: flink.states()[0] == "CANCELED", 60)
+    stream.check()
 
 
 def test_who_interrupts_the_launcher_cancels_the_job(

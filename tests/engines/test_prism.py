@@ -19,11 +19,11 @@ def test_the_batch_job_gives_the_bytes_of_a_local_run(
 
 def test_the_streaming_job_loses_and_doubles_nothing(prism: list[str], tmp_path: Path) -> None:
     images = sorted(IMAGES.iterdir())
-    stream = Stream(tmp_path, prism)
-    stream.arrive(images[:12])
-    stream.start()
-    stream.wait_until_decided()
-    stream.arrive(images[12:20])
-    stream.wait_until_decided()
-    stream.stop()
+    with Stream(tmp_path, prism, protects=True) as stream:
+        stream.arrive(images[:12])
+        stream.start()
+        stream.wait_until_decided()
+        stream.arrive(images[12:20])
+        stream.wait_until_decided()
+        stream.stop()
     stream.check()

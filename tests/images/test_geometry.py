@@ -1,6 +1,7 @@
 """The model's input beside timm's own evaluation transform, and drafts beside exact decoding."""
 
 import io
+import itertools
 import resource
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from PIL import Image, ImageDraw
 from timm.data import create_transform
 
 from images.decode import Limits, decode, decoder_of, open_image
-from images.geometry import draft_scale, model_input
+from images.geometry import draft_scale, model_input, nearly_model_input
 from shards.records import Geometry
 
 GEOMETRY = Geometry(224, 0.875, "bicubic", "center")
@@ -132,8 +133,9 @@ def test_strips_are_timms_within_a_level(size: tuple[int, int]) -> None:
 )
 def test_any_shape_is_taken_in_little_memory(size: tuple[int, int]) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for mode in ("center", "squash"):
-        pixels = model_input(Image.new("RGB", size, (200, 10, 30)), GEOMETRY._replace(crop_mode=mode))
+    geometries = [GEOMETRY._replace(crop_mode=mode) for mode in ("center", "squash")]
+    for resized, geometry in itertools.product((model_input, nearly_model_input), geometries):
+        pixels = resized(Image.new("RGB", size, (200, 10, 30)), geometry)
         assert pixels.shape == (224, 224, 3)
         assert np.unique(pixels.reshape(-1, 3), axis=0).tolist() == [[200, 10, 30]]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 << 10
@@ -179,14 +181,29 @@ def test_fast_turns_images_as_exact_does(orientation: int) -> None:
     assert psnr(exact.pixels, fast.pixels) >= 55
 
 
-def test_fast_is_exact_for_other_images() -> None:
+@pytest.mark.parametrize("crop_pct", [0.875, 0.95, 1.0])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos", "nearest"])
+def test_nearly_the_models_input_is_within_65_db_of_timms(interpolation: str, crop_pct: float) -> None:
+    geometry = Geometry(224, crop_pct, interpolation, "center")
+    for image in (
+        photo("coffee.png", (1201, 803)),
+        photo("chelsea.png", (300, 451)),
+        photo("rocket.jpg", (97, 61)),
+        line_art((1200, 900), 3),
+    ):
+        pixels = nearly_model_input(image, geometry)
+        assert (pixels.shape, pixels.dtype) == ((224, 224, 3), np.uint8)
+        assert psnr(pixels, theirs(image, geometry)) >= 65
+
+
+def test_fast_is_nearly_exact_for_other_images() -> None:
     small, odd = photo("coffee.png", (1200, 800)), photo("coffee.png", (3001, 2201))
     sink = io.BytesIO()
     photo("coffee.png", (2400, 2400)).save(sink, "BMP")
     for encoded in (jpeg(small), jpeg(odd), sink.getvalue()):
         exact, fast = decode(encoded, GEOMETRY, Limits()), decode(encoded, GEOMETRY, Limits(), "fast")
         assert exact.facts == fast.facts
-        assert np.array_equal(exact.pixels, fast.pixels)
+        assert psnr(exact.pixels, fast.pixels) >= 80
 
 
 def test_a_ledger_tells_the_modes_apart() -> None:

@@ -121,6 +121,7 @@ def test_pillow_is_left_strict() -> None:
         decode(missing, GEOMETRY, Limits())
 
 
+@pytest.mark.proof
 @pytest.mark.skipif(not JPEG_XL.is_dir(), reason="fetched by `make hostile`")
 def test_the_files_of_a_codec_s_own_tests(pool: DecodePool) -> None:
     files = sorted(path for path in JPEG_XL.rglob("*") if path.is_file())

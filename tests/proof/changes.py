@@ -20,6 +20,11 @@ def small_flushes() -> None:
     ledger.FLUSH_ROWS = calls.CALL_FLUSH_ROWS = FLUSH_ROWS
 
 
+def with_hash_seed(seed: str) -> None:
+    """For the processes that the child starts: its own seed was drawn when the one that it is forked from began."""
+    os.environ["PYTHONHASHSEED"] = seed
+
+
 def note(path: Path, text: str) -> None:
     """Append to a file in one write, which a kill cannot halve."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -5,6 +5,7 @@ A child is as real as a new process: it has its own pid, its own threads and its
 
 import multiprocessing
 import os
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
@@ -12,7 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.quick_beam import ask_once
+from tests.quick_beam import ask_once, collect_little
 
 CRASHED, KILLED = 137, -9
 Change = Callable[[], None]
@@ -29,6 +30,7 @@ def _warm() -> None:
 
     load_encoder(EncoderSpec(batch_size=2))
     ask_once()
+    collect_little()
 
 
 if os.environ.get("SHARDMILL_NURSERY"):  # set for the process that others are forked from
@@ -48,16 +50,26 @@ class Done(NamedTuple):
 
 
 class Child:
-    """`shardmill ARGUMENTS` in a child, under way. `crash_at` as `SHARDMILL_CRASH_AT` takes it."""
+    """`shardmill ARGUMENTS`, or `python -m MODULE ARGUMENTS`, in a child, under way. `crash_at` as `SHARDMILL_CRASH_AT` takes it."""
 
     def __init__(
-        self, log: Path, arguments: Sequence[str], crash_at: str = "", changes: Sequence[Change] = ()
+        self,
+        log: Path,
+        arguments: Sequence[str],
+        crash_at: str = "",
+        changes: Sequence[Change] = (),
+        module: str = "",
     ) -> None:
         self._log = log
         self.process: BaseProcess = _context().Process(
-            target=_run, args=(str(log), list(arguments), crash_at, list(changes))
+            target=_run, args=(str(log), list(arguments), crash_at, list(changes), module)
         )
         self.process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
 
     def kill(self) -> None:
         self.process.kill()
@@ -92,7 +104,7 @@ def _context(warm: bool = True) -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def _run(log: str, arguments: list[str], crash_at: str, changes: list[Change]) -> None:
+def _run(log: str, arguments: list[str], crash_at: str, changes: list[Change], module: str) -> None:
     written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(written, 1)
     os.dup2(written, 2)
@@ -103,7 +115,18 @@ def _run(log: str, arguments: list[str], crash_at: str, changes: list[Change]) -
         change()
     from beam_pipelines.cli import run
 
-    code = run(arguments)
+    code = _run_as_main(module, arguments) if module else run(arguments)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # no exit handlers: what counts is on the disk
+
+
+def _run_as_main(module: str, arguments: list[str]) -> int:
+    """What the module defines is `__main__`'s, which no worker process can import."""
+    sys.modules.pop(module, None)
+    sys.argv[1:] = arguments
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0

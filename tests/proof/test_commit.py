@@ -17,6 +17,8 @@ from tests.proof import changes
 from tests.proof.counts import count
 from tests.proof.nursery import CRASHED, call
 
+pytestmark = pytest.mark.proof
+
 STEPS = ("manifest.before", "manifest.after", "current.before", "current.after")
 PICTURES = [b"picture %d" % number * 9 for number in range(4)]
 

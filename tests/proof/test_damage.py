@@ -1,5 +1,6 @@
 """Every byte of every file of a snapshot flipped, every record cut off: `verify` names the file, and in a pack the record."""
 
+import hashlib
 import random
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -13,9 +14,11 @@ from shards.ids import image_id_of
 from shards.packs import INDEX_ROW, read_index
 from shards.records import DeadLetter, Decision, ShardFile
 from shards.snapshot import KINDS, Snapshot, open_snapshot
-from shards.verify import Fault, faults_of, verify_snapshot
+from shards.verify import Fault, faults_of, verify_snapshot, with_indexes
 from tests.made_snapshots import a_sample, commit_made
 from tests.proof.counts import FULL, count
+
+pytestmark = pytest.mark.proof
 
 PACKS = {"media", "conversations"}
 
@@ -80,11 +83,12 @@ def cuts(snapshot: Snapshot, file: ShardFile) -> Iterator[Damaged]:
 
 def found(snapshot: Snapshot, file: ShardFile, data: bytes) -> list[Fault]:
     """What `verify` says of the file with other bytes in it."""
+    (looked_at,) = [both for both in with_indexes(snapshot.files()) if file in both]
     path = Path(snapshot.storage.root) / file.path
     whole = path.read_bytes()
     path.write_bytes(data)
     try:
-        return list(faults_of(snapshot.storage, file))
+        return list(faults_of(snapshot.storage, *looked_at))
     finally:
         path.write_bytes(whole)
 
@@ -149,3 +153,20 @@ def test_two_damaged_files_are_two_faults(snapshot: Snapshot) -> None:
     assert [f.path for f in verify_snapshot(snapshot)] == [file.path for file in chosen]
     for path, data in zip(paths, whole, strict=True):
         path.write_bytes(data)
+
+
+def test_an_index_that_goes_on_after_its_pack_is_found(snapshot: Snapshot) -> None:
+    """Though the manifest agrees with it."""
+    (pack,), (index,) = snapshot.files("media"), snapshot.files("media_index")
+    path = Path(snapshot.storage.root) / index.path
+    whole = path.read_bytes()
+    longer = whole + whole[-INDEX_ROW.itemsize :]
+    agreed = index._replace(
+        sha256=hashlib.sha256(longer).hexdigest(), num_bytes=len(longer), num_records=index.num_records + 1
+    )
+    path.write_bytes(longer)
+    try:
+        (fault,) = faults_of(snapshot.storage, pack, agreed)
+    finally:
+        path.write_bytes(whole)
+    assert fault == Fault(index.path, "1 rows more than the pack has records")

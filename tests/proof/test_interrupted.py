@@ -27,6 +27,8 @@ from tests.proof import changes
 from tests.proof.counts import FULL, count, some
 from tests.proof.nursery import CRASHED, KILLED, Child, Done
 
+pytestmark = pytest.mark.proof
+
 ALL, NEW, GONE = 14, 3, 3
 """Images of the first input, how many the second has beside, how many it lacks."""
 LOST_PER_KILL = changes.FLUSH_ROWS - 1 + 2 * (os.cpu_count() or 1)
@@ -124,10 +126,17 @@ def test_the_situations_are_what_they_should_be(world: World) -> None:
 
 
 def tree(out: Path) -> dict[str, str]:
-    """Hash of every file but the ledger, locks, the run's token in CURRENT, and the request, which names the folder."""
+    """Hash of every file but the ledger, locks, the run's token in CURRENT, and the request, which names the folder.
+
+    In metrics.json, without how often something was tried: what an interrupted run has found out is not tried again.
+    """
     left_out = {".lock", ".runs", "CURRENT", "request.json"}
     return {
-        path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        path.relative_to(out).as_posix(): hashlib.sha256(
+            re.sub(rb'"attempts": *\d+', b"", path.read_bytes())
+            if path.name == "metrics.json"
+            else path.read_bytes()
+        ).hexdigest()
         for path in sorted(out.rglob("*"))
         if path.is_file() and path.name not in left_out and path.relative_to(out).parts[0] != "ledger"
     } | {"CURRENT": id_of(out)}
@@ -283,9 +292,9 @@ def kill_some(world: World, out: Path, seed: int, kills: int) -> int:
 
 
 def test_runs_killed_at_random_moments(world: World, tmp_path: Path) -> None:
-    wanted, killed, seed = count(100, 3), 0, 0
+    wanted, killed, seed = count(100, 2), 0, 0
     while killed < wanted:
-        killed += kill_some(world, tmp_path / f"out{seed}", seed, kills=count(3, 4))
+        killed += kill_some(world, tmp_path / f"out{seed}", seed, kills=3)
         seed += 1
         assert seed < wanted
 
@@ -344,12 +353,17 @@ def test_a_full_disk_fails_the_run_and_what_stood_stands(world: World, small_dis
     situation = world.changed
     out = situation.prepare(small_disk / "out")
     before = used(small_disk)
-    for room in some([0, 1, 2, 4, 8, 12, 16, 24, 32, 48], 1, seed=2):
+    rooms = [0, 1, 2, 4, 8, 12, 16, 24, 32, 48]
+    for room in some(rooms, 1, seed=2):
         resize(small_disk, before + room * os.sysconf("SC_PAGE_SIZE"))
         done = Child(
             small_disk.with_suffix(".log"),
             [str(out) if word == "OUT" else word for word in situation.command],
         ).wait()
+        if done.code == 0:
+            # What earlier runs have remembered makes this one small enough.
+            assert room > rooms[4], done.output
+            break
         assert done.code in (1, 2) and len(done.complaint) == 1, done.output
         assert "No space left on device" in done.complaint[0] and "Traceback" not in done.output
         assert id_of(out) == id_of(situation.start or out)
@@ -361,7 +375,7 @@ def test_a_full_disk_fails_the_run_and_what_stood_stands(world: World, small_dis
         assert_as_undisturbed(out, situation)
 
 
-@pytest.mark.parametrize("renames", some([1, 2, 5, 20, 40, 60, -3, -2, -1], 1, seed=2))
+@pytest.mark.parametrize("renames", some([1, 2, 5, 20, -10, -5, -3, -2, -1], 1, seed=2))
 def test_a_failing_rename_fails_the_run_and_what_stood_stands(
     world: World, tmp_path: Path, renames: int
 ) -> None:

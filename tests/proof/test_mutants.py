@@ -3,6 +3,7 @@
 from collections import Counter
 
 import psutil
+import pytest
 
 from images.decode import Decoded, Limits
 from images.sandbox import DecodePool
@@ -12,13 +13,15 @@ from shards.records import Geometry
 from tests.images.mutants import mutant
 from tests.proof.counts import count
 
+pytestmark = pytest.mark.proof
+
 GEOMETRY = Geometry(16, 1.0, "bilinear", "squash")
 # Mutants declare any size; a low cap keeps the proof quick, tests/images/test_hostile.py has the high one.
 LIMITS = Limits(max_pixels=1 << 18)
 
 
 def test_mutants_are_decoded_or_dead() -> None:
-    number = count(1_000_000, 20_000)
+    number = count(1_000_000, 8_000)
     codes: Counter[str] = Counter()
     process = psutil.Process()
     others = set(process.children(recursive=True))

@@ -39,6 +39,8 @@ from transforms import write
 from transforms.commit import Commit, RunFacts
 from transforms.write import WriteMedia, WriteRows
 
+pytestmark = pytest.mark.proof
+
 RECORDS = count(200_000, 6_000)
 """Images, samples, decisions and dead letters together."""
 UNIT = RECORDS // 20

@@ -10,9 +10,10 @@ import pytest
 from shards import packs
 from shards.errors import CorruptShard
 from shards.ids import image_id_of
-from shards.packs import INDEX_ROW, PackReader, PackWriter, ToPack, read_index, read_pack, write_media
+from shards.packs import INDEX_ROW, PackReader, PackWriter, ToPack, read_index, write_media
 from shards.records import ShardFile
 from shards.storage import LocalStorage
+from shards.tfrecord import read_records
 
 IMAGES = {image_id_of(data): data for data in (b"one", b"two" * 1000, b"three")}
 
@@ -30,7 +31,8 @@ def test_round_trip_in_order_and_at_random(tmp_path: Path) -> None:
     assert pack.num_records == index.num_records == 3
     assert pack.path == f"media/media-00003-{pack.sha256[:16]}.tfrecord"
     assert index.path == pack.path + ".index"
-    assert list(read_pack(storage, pack.path)) == sorted(IMAGES.items())
+    with storage.stream(pack.path) as stream:
+        assert list(read_records(stream, pack.path)) == [IMAGES[image_id] for image_id in sorted(IMAGES)]
     reader = PackReader(storage, [pack])
     assert reader.read(min(IMAGES)) == IMAGES[min(IMAGES)]
     reader = pickle.loads(pickle.dumps(reader))

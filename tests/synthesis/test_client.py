@@ -118,7 +118,7 @@ def test_each_fault_has_its_code_and_number_of_attempts(
     hostile.replies = [reply]
     with pytest.raises(VlmFailure) as caught:
         chat(client_of(hostile))
-    assert (caught.value.code, len(hostile.requests)) == (code, attempts)
+    assert (caught.value.code, len(hostile.requests), caught.value.attempts) == (code, attempts, attempts)
     assert isinstance(caught.value, BadData) and len(str(caught.value)) < 1000
 
 
@@ -148,6 +148,23 @@ def test_nobody_listens() -> None:
     with pytest.raises(VlmFailure) as caught:
         chat(client)
     assert caught.value.code == "vlm_unreachable" and len(waits) == 3
+
+
+def test_a_proxy_of_the_environment_is_asked_for_servers_elsewhere(
+    hostile: Hostile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    hostile.replies = [says("through the proxy")]
+    monkeypatch.setenv(
+        "http_proxy", hostile.base_url.removeprefix("http://")
+    )  # without a scheme, as many have it
+    assert chat(ChatClient("http://vlm.invalid:8000/v1", "m")) == "through the proxy"
+    assert hostile.headers[0]["host"] == "vlm.invalid:8000"
+    monkeypatch.setenv("no_proxy", "vlm.invalid:8000")
+    with pytest.raises(VlmFailure) as caught:
+        chat(ChatClient("http://vlm.invalid:8000/v1", "m", max_attempts=1))
+    assert caught.value.code == "vlm_unreachable" and len(hostile.headers) == 1
 
 
 def test_it_recovers_after_passing_faults(hostile: Hostile) -> None:
@@ -222,12 +239,13 @@ def test_a_named_key_must_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_failures_pickle() -> None:
-    failure = pickle.loads(pickle.dumps(VlmFailure("vlm_timeout", "late", 408, True, 2.0)))
-    assert (failure.code, failure.message, failure.status, failure.retry_after_s) == (
+    failure = pickle.loads(pickle.dumps(VlmFailure("vlm_timeout", "late", 408, True, 2.0).after(3)))
+    assert (failure.code, failure.message, failure.status, failure.retry_after_s, failure.attempts) == (
         "vlm_timeout",
         "late",
         408,
         2.0,
+        3,
     )
 
 

@@ -76,7 +76,7 @@ def test_calls_of_several_threads_are_answered_in_batches_as_alone(
     tiny_vlm: LocalVlm, engine: Engine, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asks = [
-        ask(colour, prompt=f"{QUESTION} {'Look well. ' * number}", temperature=temperature, seed=number)
+        ask(colour, prompt=f"{QUESTION} {'Look well. ' * number}", temperature=temperature, seed=10 + number)
         for number, colour in enumerate(["red", "blue"] * 2)
     ]
     asks = [one._replace(max_tokens=2 + number) for number, one in enumerate(asks)]

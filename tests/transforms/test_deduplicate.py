@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from apache_beam.metrics import MetricsFilter
 
-from embeddings import cells
+from embeddings import cell_plan
 from embeddings.duplicates import DuplicateRule, Group, print_of
 from shards.ledger import CellsRow, Ledger, SearchRow
 from shards.records import EmbeddedImage, Verdict
@@ -54,9 +54,10 @@ def images(seed: int, count: int, source: str) -> list[EmbeddedImage]:
 @pytest.fixture
 def many_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few images are many enough for cells, parts, batches and memos."""
-    monkeypatch.setattr(cells, "BRUTE_FORCE_BELOW", 10)
-    monkeypatch.setattr(cells, "_SENDING", 0)
-    monkeypatch.setattr(cells, "PART", 24)
+    monkeypatch.setattr(cell_plan, "BRUTE_FORCE_BELOW", 10)
+    monkeypatch.setattr(cell_plan, "SENDING", 0)
+    monkeypatch.setattr(cell_plan, "PART", 24)
+    monkeypatch.setattr(cell_plan, "_OPENING", 0)
     monkeypatch.setattr(route, "_BATCH", 50)
     monkeypatch.setattr(deduplicate, "_WORTH_REMEMBERING", 1)
 
@@ -159,6 +160,19 @@ def test_order_and_runner_change_nothing(tmp_path: Path) -> None:
     shuffled = [found[place] for place in rng.permutation(len(found))]
     again, _, _ = run(search_in(tmp_path / "b"), shuffled, runner="BundleBasedDirectRunner")
     assert again == first
+
+
+@pytest.mark.usefixtures("many_cells")
+def test_below_all_pairs_the_same_input_is_remembered_and_a_grown_one_is_as_from_nothing(
+    tmp_path: Path,
+) -> None:
+    found = images(6, 240, "full")
+    before, compared, said = run(search_in(tmp_path / "a", recall=0.5), found[:200])
+    again, compared_again, said_again = run(search_in(tmp_path / "a", recall=0.5), found[:200])
+    assert (again, said_again) == (before, said) and compared > compared_again == 0
+    grown, _, said = run(search_in(tmp_path / "a", recall=0.5), found)
+    fresh, _, said_fresh = run(search_in(tmp_path / "b", recall=0.5), found)
+    assert (grown, said) == (fresh, said_fresh)
 
 
 def test_few_are_compared_with_one_another_and_none_with_none(tmp_path: Path) -> None:

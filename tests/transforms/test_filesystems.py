@@ -10,7 +10,7 @@ import pytest
 
 from images.fetch import Fetcher, Reach
 from images.files import LocalFiles, State, join_uri
-from images.sources import expanded, read_samples
+from images.sources import expanded, files_of, read_samples
 from images.sources.source import Source, Unreadable
 from images.web import WebOptions
 from shards.errors import BadData
@@ -21,7 +21,7 @@ from tests.beam_pipelines.requests import sources_of
 from tests.loopback_gcs import LoopbackGcs
 from tests.loopback_s3 import LoopbackS3
 from transforms import filesystems, objects
-from transforms.filesystems import AllFiles
+from transforms.filesystems import AllFiles, would_list
 
 NAMES = [
     "a.jpg",
@@ -225,3 +225,16 @@ def test_an_image_root_at_a_url_makes_urls(tmp_path: Path) -> None:
     (source,) = sources_of([str(tmp_path / "x.json")], "https://host/p")
     uris = [image.ref.uri for sample in read_samples(source, AllFiles()) for image in sample.images]  # type: ignore[union-attr]
     assert uris == ["https://host/p/a%20b.jpg", "https://other/c.jpg"]
+
+
+@pytest.mark.parametrize("asked", ["", "/", "/d", "/*.jpg", "/{a,d/c}.jpg", "/**/*.jpg", "/d/.h*", "/a.jpg"])
+def test_a_notice_counts_of_what_a_listing_would_hold(gcs: LoopbackGcs, asked: str) -> None:
+    folder = f"gs://{gcs.bucket}/in"
+    names = [*DATA, "notes.txt", "made.json", "d/README.md"]
+    for name in names:
+        storage_of(folder).write(name, b"x")
+    (source,) = sources_of([f"{folder}{asked}"])
+    assert source.format == "files"
+    listed = set(files_of(source, AllFiles()))
+    assert listed and {uri for name in names if would_list(source, uri := f"{folder}/{name}")} == listed
+    assert not would_list(source, f"gs://{gcs.bucket}/instead/a.jpg")

@@ -47,7 +47,7 @@ from synthesis.prompts import load_prompts
 from tests.loopback_gcs import LoopbackGcs
 from tests.proof.counts import some
 from tests.scripted_vlm import ScriptedServer, scripted_server
-from transforms.calls import Backend
+from transforms.calls import Backend, callers
 from transforms.judge import JudgeExisting
 from transforms.synthesise import Synthesise
 
@@ -248,6 +248,7 @@ def test_failures_cost_their_images_alone_and_a_calm_rerun_completes_them(planne
         assert max(server.calls.values()) == 1
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("mode", some(["over gRPC", "bundles", "processes"], 2, seed=1))
 def test_every_running_mode_gives_the_same(planned, calm, server, tmp_path, mode) -> None:
     assert synthesised(planned, backend_of(server.url, str(tmp_path / "out")), tmp_path, mode=mode) == calm
@@ -284,7 +285,7 @@ def test_threads_are_kept_busy_from_the_first_image_to_the_last(planned, tmp_pat
     """Also while other images come: none waits for the slowest of its batch."""
     with scripted_server(delay_s=0.02) as server:
         synthesised(planned, backend_of(server.url, str(tmp_path / "out"), concurrency=3), tmp_path)
-        assert server.most_busy == 3
+        assert server.most_busy == callers(3) == 4
 
 
 class Model:
@@ -299,6 +300,8 @@ class Model:
         self.asked += 1
         if ask.prompt == "fail":
             raise VlmFailure("vlm_timeout", "late")
+        if ask.prompt == "too much":
+            raise VlmFailure("vlm_over_budget", "no money is left")
         return Reply(self.said, 7, 2)
 
     def close(self) -> None: ...
@@ -312,6 +315,9 @@ def test_known_calls() -> None:
     assert calls.chat(ask) == calls.chat(ask) == Reply("b", 7, 2) and (calls.asked, calls.known) == (1, 1)
     with pytest.raises(VlmFailure):
         calls.chat(Ask("fail"))
+    with pytest.raises(VlmFailure):
+        calls.chat(Ask("too much"))
+    assert calls.asked == 2, "what the budget held back was no call"
     schema = '{"additionalProperties":false,"properties":{"x":{"type":"integer"}},"required":["x"],"type":"object"}'
     with pytest.raises(VlmFailure, match="JSON"):
         calls.chat(Ask("json", schema=schema))

@@ -430,6 +430,7 @@ def test_formats_by_name() -> None:
     ] == [*("parquet", "llava", "llava", "llava", "files", "files")]
 
 
+@pytest.mark.proof
 def test_no_flipped_bit_ends_the_process_or_costs_another_row_group(tmp_path: Path) -> None:
     """Footers too: pyarrow ends the process where it is asked for what some of them say."""
     cells = [[{"bytes": b"%d" % row * 9, "path": "a"}] * (row % 3) for row in range(8)]

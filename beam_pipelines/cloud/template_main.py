@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from beam_pipelines.jobs import JOBS
-from beam_pipelines.template import DEFAULT_JOB, options_of
+from beam_pipelines.cloud.jobs import JOBS
+from beam_pipelines.cloud.template import DEFAULT_JOB, options_of
 from shards.errors import BadRequest, ShardmillError
 
 
@@ -32,8 +32,8 @@ def parted(arguments: Sequence[str]) -> tuple[str, dict[str, str], list[str]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Submit, and leave: Dataflow's launcher waits for this to end. Returns an exit code."""
+    from beam_pipelines.cloud.submit import submit
     from beam_pipelines.launch import unknown_options
-    from beam_pipelines.submit import submit
 
     try:
         job, given, beam_args = parted(sys.argv[1:] if arguments is None else arguments)

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from beam_pipelines.codes import meaning_of
-from beam_pipelines.conversations import MAX_MADE
 from beam_pipelines.explain import explain_text
-from beam_pipelines.gallery import MAX_GROUPS
-from beam_pipelines.report import write_report
-from beam_pipelines.thumbnails import Pictures, Thumbnail
+from beam_pipelines.pages.conversations import MAX_MADE
+from beam_pipelines.pages.gallery import MAX_GROUPS
+from beam_pipelines.pages.report import write_report
+from beam_pipelines.pages.thumbnails import Pictures, Thumbnail
 from shards.errors import BadRequest, CorruptShard
 from shards.ids import digest, image_id_of
 from shards.records import Call, Provenance
@@ -140,7 +140,7 @@ def test_without_metrics_the_page_says_what_is_missing(made, tmp_path):
     (tmp_path / "out/metrics.json").write_text('{"snapshot_id": "another"}')
     words = words_of(Path(write_report(str(tmp_path / "out"))).read_text())
     assert "metrics.json belongs to another snapshot" in words
-    assert words.count("no picture: metrics.json does not say where this source lies") == 3
+    assert words.count("no picture: not at hand: metrics.json does not say where its source lies") == 3
     assert "No message was kept." in words
 
 

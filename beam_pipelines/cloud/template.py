@@ -1,4 +1,4 @@
-"""Flex Templates: a job's specification made from its options, and launches of it. What Dataflow starts is `beam_pipelines.template_main`."""
+"""Flex Templates: a job's specification made from its options, and launches of it. What Dataflow starts is `beam_pipelines.cloud.template_main`."""
 
 import difflib
 import json
@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ByteSize
 from pydantic.fields import FieldInfo
 
-from beam_pipelines.dataflow import LOCATION, DataflowOptions
-from beam_pipelines.jobs import JOBS
+from beam_pipelines.cloud.dataflow import LOCATION, DataflowOptions
+from beam_pipelines.cloud.jobs import JOBS
 from beam_pipelines.options import flag
 from shards.errors import BadRequest
 
@@ -156,7 +156,7 @@ def spec(job: str, image: str) -> dict[str, Any]:
 
 def spec_text(body: Mapping[str, Any]) -> str:
     """The file's text. Raises ValueError where Google's own message has no place for something."""
-    from beam_pipelines.service import checked_spec
+    from beam_pipelines.cloud.service import checked_spec
 
     text = json.dumps(body, indent=1, ensure_ascii=False) + "\n"
     checked_spec(text)

@@ -4,33 +4,27 @@ Tables are read batch by batch, and what the page shows of them is bounded: choi
 so that they spread evenly over a collection and fall alike every time. The same snapshot and sources give the same page.
 """
 
-import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
-import jinja2
 import pyarrow.compute as pc
 
 from beam_pipelines.codes import (
     FATE_MEANINGS,
-    contact_text,
-    decided_text,
-    is_contact,
+    compared_text,
     meaning_of,
     verified_text,
 )
-from beam_pipelines.conversations import make_cards, survey_samples
 from beam_pipelines.funnel import fate_rows
-from beam_pipelines.gallery import gather_gallery
+from beam_pipelines.metrics import read_metrics
 from beam_pipelines.options import CurateOptions, flag
-from beam_pipelines.thumbnails import Pictures
-from beam_pipelines.wording import one_line, plural, sample_title, visible
-from shards.errors import BadRequest
-from shards.files import write_atomically
+from beam_pipelines.pages.conversations import make_cards, survey_samples
+from beam_pipelines.pages.gallery import gather_gallery
+from beam_pipelines.pages.page import environment, html_target, save_page
+from beam_pipelines.pages.thumbnails import Pictures
 from shards.snapshot import KINDS, Snapshot, open_snapshot
+from synthesis.generate import Fusion
 
 REPORT = "report.html"
 # With 40 groups of 6 thumbnails and 36 cards of at most 4, these keep the page under 10 MB.
@@ -59,25 +53,21 @@ def write_report(path: str, output: str = "") -> str:
             sources=sources,
             fate_meanings=FATE_MEANINGS,
             fates=fate_rows(manifest),
-            gallery=gather_gallery(snapshot, pictures),
+            gallery=gather_gallery(snapshot, sources),
             verified=verified_text(manifest.options),
             survey=survey,
             cards=make_cards(snapshot, survey.subjects, pictures),
             filtered=_filtered(snapshot),
             failures=_failures(snapshot, metrics),
             plan=_plan_rows(metrics),
+            fusions=_fusion_rows(metrics),
             options=_option_rows(manifest.options),
             files=manifest.files(),
             kinds=KINDS,
             limits=LIMITS,
         )
     )
-    data = page.encode(errors="replace")
-    if target is None:
-        snapshot.storage.write(REPORT, data)
-        return f"{snapshot.storage.root}/{REPORT}"
-    write_atomically(target, data)
-    return str(target)
+    return save_page(page, snapshot, REPORT, target)
 
 
 class Failure(NamedTuple):
@@ -87,7 +77,7 @@ class Failure(NamedTuple):
     code: str
     letters: int
     meaning: str
-    examples: Sequence[Mapping[str, str]]
+    examples: Sequence[Mapping[str, Any]]
 
 
 def _failures(snapshot: Snapshot, metrics: Mapping[str, Any]) -> list[Failure]:
@@ -122,6 +112,32 @@ def _plan_rows(metrics: Mapping[str, Any]) -> list[PlanRow]:
     ]
 
 
+class FusionRow(NamedTuple):
+    """What one way of asking, a value of --fuse-calls, made of its planned questions. `mean_grade` is of 10, None where nobody graded."""
+
+    fuse: str
+    planned: int
+    kept: int
+    mean_grade: float | None
+    dropped: Sequence[tuple[str, int]]
+
+
+def _fusion_rows(metrics: Mapping[str, Any]) -> list[FusionRow]:
+    """Of this run and of earlier ones in its folder with other values, from the most calls to the fewest; from metrics.json."""
+    told = metrics.get("questions", {})
+    return [
+        FusionRow(
+            fuse,
+            told[fuse]["planned"],
+            told[fuse]["codes"].get("kept", 0),
+            told[fuse]["mean_grade_milli"] / 1000 if told[fuse]["judged"] else None,
+            [pair for pair in sorted(told[fuse]["codes"].items()) if pair[0] != "kept"],
+        )
+        for fuse in get_args(Fusion)
+        if fuse in told
+    ]
+
+
 class Filtered(NamedTuple):
     """One code of filtered images, with (name, comparison in words) of those with the smallest ids."""
 
@@ -137,7 +153,7 @@ def _filtered(snapshot: Snapshot) -> list[Filtered]:
     examples: dict[str, list[Mapping[str, Any]]] = {}
     columns = ("unit", "id", "stage", "code", "source", "name", "score", "threshold", "other_id")
     for table in snapshot.batches("decisions", columns):
-        by_rule = pc.match_substring_regex(table["stage"], "^(filter$|decontaminate:)")
+        by_rule = pc.match_substring_regex(table["stage"], "^(filter$|decontaminate:|drop_tag:)")
         left_out = pc.and_(pc.equal(table["unit"], "image"), by_rule)
         for code in pc.unique(table["code"].filter(left_out)).to_pylist():
             found = table.filter(pc.and_(left_out, pc.equal(table["code"], code)))
@@ -151,16 +167,10 @@ def _filtered(snapshot: Snapshot) -> list[Filtered]:
             code,
             images,
             meaning_of(code),
-            [(row["name"], _compared(row)) for row in examples[code]],
+            [(row["name"], compared_text(row)) for row in examples[code]],
         )
         for code, images in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     ]
-
-
-def _compared(row: Mapping[str, Any]) -> str:
-    if is_contact(row):
-        return contact_text(row)
-    return decided_text(row["code"], row["score"], row["threshold"])
 
 
 def _option_rows(options: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -180,52 +190,3 @@ def _option_rows(options: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         (flag(name), in_words(value), (fields[name].description or "") if name in fields else "")
         for name, value in sorted(options.items())
     ]
-
-
-def read_metrics(snapshot: Snapshot) -> tuple[dict[str, Any], str]:
-    """metrics.json, and a sentence where it says nothing of this snapshot."""
-    try:
-        metrics = json.loads(snapshot.storage.read("metrics.json"))
-    except (OSError, ValueError):
-        return (
-            {},
-            "OUT/metrics.json cannot be read, so messages and pictures of images that were not kept are missing.",
-        )
-    if metrics.get("snapshot_id") != snapshot.id:
-        return {}, (
-            "OUT/metrics.json belongs to another snapshot, so messages and pictures of images that were not kept are missing."
-        )
-    return metrics, ""
-
-
-def html_target(output: str, name: str) -> Path:
-    """Where a page called `name` by default is to lie. Raises BadRequest for a file that cannot be written."""
-    target = Path(output).expanduser()
-    if target.is_dir():
-        raise BadRequest(f"--output {output}: is a folder; name a file, as {target / name}")
-    if not target.parent.is_dir():
-        raise BadRequest(f"--output {output}: there is no folder {target.parent}")
-    if not os.access(target.parent, os.W_OK):
-        raise BadRequest(f"--output {target}: this user may not write in {target.parent}")
-    return target
-
-
-def environment() -> jinja2.Environment:
-    """Of the templates of pages: what they show is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "visible": visible,
-        "name": one_line,
-        "count": "{:,}".format,
-        "plural": plural,
-        "title": sample_title,
-        "percent": lambda part, whole: f"{part / whole:.1%}" if whole else "0 %",
-        "width": lambda part, whole: f"{100 * part / whole:.3f}" if whole else "0",
-    }
-    return environment

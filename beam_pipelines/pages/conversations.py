@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_pipelines.choice import smallest
-from beam_pipelines.thumbnails import Pictures, Thumbnail
+from beam_pipelines.pages.choice import smallest
+from beam_pipelines.pages.thumbnails import Pictures, Thumbnail
 from shards.snapshot import Snapshot
 from shards.tables import open_table
 

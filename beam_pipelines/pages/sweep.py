@@ -1,18 +1,18 @@
 """The HTML page of a sweep: curves, their numbers, and pictures of pairs at the border, where a step of a threshold changes a fate."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_pipelines.codes import decided_text
-from beam_pipelines.report import environment, html_target
+from beam_pipelines.metrics import read_metrics
+from beam_pipelines.pages.page import environment, html_target, save_page
+from beam_pipelines.pages.thumbnails import Pictures, Thumbnail
 from beam_pipelines.sweep import KnobCurve, Swept, difference_text, judged_rows
-from beam_pipelines.thumbnails import Pictures, Thumbnail
 from embeddings.sweep import Change
-from shards.files import write_atomically
 from shards.snapshot import Snapshot
 
 PAGE = "sweep.html"
@@ -85,7 +85,7 @@ class Pictured(NamedTuple):
 def write_page(snapshot: Snapshot, swept: Swept, output: str = "") -> str:
     """Write the page to `output`, by default OUT/sweep.html, and return where it lies. Raises BadRequest for what cannot be written.
 
-    Self-contained and inert, like the report; pictures come from the snapshot's media alone.
+    Self-contained and inert, like the report; pictures are had as there, and those of `--against` from its own media.
     """
     target = html_target(output, PAGE) if output else None
     page = (
@@ -101,12 +101,7 @@ def write_page(snapshot: Snapshot, swept: Swept, output: str = "") -> str:
             difference=difference_text(swept) if swept.judged else "",
         )
     )
-    data = page.encode(errors="replace")
-    if target is None:
-        snapshot.storage.write(PAGE, data)
-        return f"{snapshot.storage.root}/{PAGE}"
-    write_atomically(target, data)
-    return str(target)
+    return save_page(page, snapshot, PAGE, target)
 
 
 def _plots(swept: Swept) -> list[Plot]:
@@ -205,8 +200,21 @@ def _pairs(snapshot: Snapshot, swept: Swept) -> list[Pair]:
     verdicts = [border.change.verdict for border in borders]
     shown = {image_id.hex() for verdict in verdicts for image_id in (verdict.image_id, verdict.keeper_id)}
     rows = _rows_of(snapshot, shown)
-    pictures = Pictures(snapshot, [])
-    return [_pair(border, rows, pictures) for border in borders]
+    lost = {row["id"] for row in rows.values() if row["fate"] != "kept"}
+    pictures = Pictures(snapshot, read_metrics(snapshot)[0].get("sources", []), lost)
+    others = {other.id: Pictures(other, []) for other in swept.fixed.values()}
+
+    def pictured(image_id: bytes) -> Pictured:
+        if image_id in swept.fixed:
+            other = swept.fixed[image_id]
+            thumbnail = others[other.id].stored(image_id.hex())
+            return Pictured(f"--against {other.id[:12]}", image_id.hex()[:12], True, thumbnail)
+        row = rows[image_id.hex()]
+        kept = row["fate"] == "kept"
+        thumbnail = pictures.stored(image_id.hex()) if kept else pictures.read_again(row)
+        return Pictured(row["source"], row["name"], kept, thumbnail)
+
+    return [_pair(border, pictured) for border in borders]
 
 
 def _rows_of(snapshot: Snapshot, image_ids: set[str]) -> dict[str, Mapping[str, Any]]:
@@ -215,25 +223,16 @@ def _rows_of(snapshot: Snapshot, image_ids: set[str]) -> dict[str, Mapping[str, 
     wanted = pa.array(sorted(image_ids), pa.string())
     return {
         row["id"]: row
-        for table in judged_rows(snapshot, ("name",))
+        for table in judged_rows(snapshot, ("name", "offset"))
         for row in table.filter(pc.is_in(table["id"], wanted)).to_pylist()
     }
 
 
-def _pair(border: _Border, rows: Mapping[str, Mapping[str, Any]], pictures: Pictures) -> Pair:
+def _pair(border: _Border, pictured: Callable[[bytes], Pictured]) -> Pair:
     curve, verdict = border.curve, border.change.verdict
     lower, upper = (str(value) for value in curve.values[border.place : border.place + 2])
     looser, stricter = (lower, upper) if curve.knob.more_is_stricter else (upper, lower)
     lost_at, kept_at = (looser, stricter) if border.change.lost_at_looser else (stricter, looser)
-
-    def pictured(image_id: bytes) -> Pictured:
-        row = rows[image_id.hex()]
-        if row["fate"] == "kept":
-            thumbnail = pictures.stored(image_id.hex())
-        else:
-            thumbnail = Thumbnail("", f"{row['fate']} in this snapshot, so not in its media")
-        return Pictured(row["source"], row["name"], row["fate"] == "kept", thumbnail)
-
     decided = decided_text(verdict.code, verdict.score, verdict.threshold)
     return Pair(
         curve.knob.flag,

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from beam_pipelines.dataflow import DataflowOptions, dataflow_options
-from beam_pipelines.jobs import JOBS
+from beam_pipelines.cloud.dataflow import DataflowOptions, dataflow_options
+from beam_pipelines.cloud.jobs import JOBS
 from beam_pipelines.options import read_config
 from shards.errors import BadRequest
 
@@ -52,7 +52,7 @@ def _submitting(job: str, beam_args: Sequence[str]) -> Callable[[dict[str, Any]]
             values.setdefault("accelerator", block.accelerator_text)
         options = JOBS[job].parse(values, config)
         args = [*block.beam_args(), *beam_args]
-        from beam_pipelines.submit import plain_command, submit
+        from beam_pipelines.cloud.submit import plain_command, submit
 
         shown = {name: value for name, value in values.items() if name != "dry_run"}
         command = plain_command(JOBS[job], shown, config, args)
@@ -86,8 +86,8 @@ def where_of(config: str, project: str, region: str, endpoint: str) -> tuple[Dat
 
 
 def _stop(job_id: str, state: str, config: str, project: str, region: str, endpoint: str) -> None:
-    from beam_pipelines.dataflow import console_link
-    from beam_pipelines.service import ask_state
+    from beam_pipelines.cloud.dataflow import console_link
+    from beam_pipelines.cloud.service import ask_state
 
     _, project, region, endpoint = where_of(config, project, region, endpoint)
     ask_state(project, region, job_id, state, endpoint)
@@ -106,7 +106,7 @@ def drain(
 
     shardmill submit drain 2026-01-31_04_05_06-123 --project P --region us-central1
     """
-    from beam_pipelines.service import DRAINED
+    from beam_pipelines.cloud.service import DRAINED
 
     _stop(job_id, DRAINED, config, project, region, dataflow_endpoint)
 
@@ -123,7 +123,7 @@ def cancel(
 
     shardmill submit cancel 2026-01-31_04_05_06-123 --config run.yaml
     """
-    from beam_pipelines.service import CANCELLED
+    from beam_pipelines.cloud.service import CANCELLED
 
     _stop(job_id, CANCELLED, config, project, region, dataflow_endpoint)
 
@@ -156,7 +156,7 @@ def template_build(
     """
     from pathlib import Path
 
-    from beam_pipelines.template import parameters, spec, spec_text
+    from beam_pipelines.cloud.template import parameters, spec, spec_text
     from shards.storage import is_remote, storage_of
 
     text = spec_text(spec(_known(job), image))
@@ -177,7 +177,7 @@ def template_show(job: Annotated[str, _JOB]) -> None:
 
     shardmill template show curate
     """
-    from beam_pipelines.template import parameters
+    from beam_pipelines.cloud.template import parameters
 
     group = ""
     for name, body in parameters(_known(job)).items():
@@ -212,7 +212,7 @@ def template_run(
     """
     import time
 
-    from beam_pipelines.template import check_parameters, launch_parameter, standing_text
+    from beam_pipelines.cloud.template import check_parameters, launch_parameter, standing_text
 
     block, project, region, endpoint = where_of(config, project, region, dataflow_endpoint)
     given: dict[str, str] = {}
@@ -230,8 +230,8 @@ def template_run(
         )
     print(standing_text(options, given["output"]))
     name = job_name or block.job_name or f"shardmill-{job}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
-    from beam_pipelines.dataflow import console_link
-    from beam_pipelines.service import launch_template
+    from beam_pipelines.cloud.dataflow import console_link
+    from beam_pipelines.cloud.service import launch_template
 
     launch = launch_parameter(job, name, template, given, block)
     request, job_id = launch_template(project, region, launch, dry_run, endpoint)

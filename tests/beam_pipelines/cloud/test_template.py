@@ -11,11 +11,11 @@ from apache_beam.portability.api import beam_runner_api_pb2 as protos
 from google.cloud import dataflow_v1beta3 as api
 
 from beam_pipelines.cli import run
+from beam_pipelines.cloud.service import checked_spec
+from beam_pipelines.cloud.template import check_parameters, options_of, parameters, spec, spec_text
+from beam_pipelines.cloud.template_main import main, parted
 from beam_pipelines.curate_images import curate
 from beam_pipelines.options import CurateOptions, parse_options
-from beam_pipelines.service import checked_spec
-from beam_pipelines.template import check_parameters, options_of, parameters, spec, spec_text
-from beam_pipelines.template_main import main, parted
 from shards.errors import BadRequest
 from shards.storage import storage_of
 from tests.beam_pipelines.conftest import IMAGE

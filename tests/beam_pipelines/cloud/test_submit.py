@@ -1,7 +1,5 @@
 """Jobs handed to Dataflow: the request and the graph as a recording server and a Cloud Storage on the loopback got them."""
 
-import base64
-import bz2
 import json
 import re
 import shlex
@@ -20,19 +18,20 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from beam_pipelines import elsewhere
-from beam_pipelines import submit as submit_module
 from beam_pipelines.cli import run
+from beam_pipelines.cloud import submit as submit_module
+from beam_pipelines.cloud.dataflow import dataflow_options
+from beam_pipelines.cloud.jobs import JobKind
+from beam_pipelines.cloud.submit import images_of
 from beam_pipelines.curate_images import curate, main
-from beam_pipelines.dataflow import dataflow_options
 from beam_pipelines.elsewhere import MODEL_STEPS, encoder_here
-from beam_pipelines.jobs import JobKind
 from beam_pipelines.launch import Submission, beam_options
 from beam_pipelines.options import parse_options, read_config
-from beam_pipelines.submit import images_of
 from embeddings.encoder import EncoderSpec, load_encoder
 from shards.errors import BadRequest, RunFailed
 from shards.storage import storage_of
 from tests.beam_pipelines.conftest import IMAGE
+from tests.graphs import payloads_of
 from tests.loopback_gcs import LoopbackGcs
 from tests.scripted_vlm import scripted_server
 from transforms.embed import EncoderHandler
@@ -123,18 +122,6 @@ def test_curate_is_submitted_and_left(gcs, dataflow, write_config, photos, capfd
         del one["name"], one["clientRequestId"], one["environment"]["tempStoragePrefix"]
         del one["environment"]["sdkPipelineOptions"]
     assert again == job
-
-
-def payloads_of(graph: protos.Pipeline) -> list[bytes]:
-    """What steps carry: pickled functions, decompressed."""
-    return [graph.SerializeToString(), *(unpickled(step) for step in graph.components.transforms.values())]
-
-
-def unpickled(step: protos.PTransform) -> bytes:
-    if step.spec.urn != "beam:transform:pardo:v1":
-        return b""
-    payload = protos.ParDoPayload.FromString(step.spec.payload).do_fn.payload
-    return bz2.decompress(base64.b64decode(payload)) if payload else b""
 
 
 def test_a_key_stays_where_it_is_and_hints_mark_the_steps_of_models(

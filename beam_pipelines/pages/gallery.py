@@ -8,14 +8,26 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_pipelines.choice import smallest
 from beam_pipelines.codes import decided_text
 from beam_pipelines.funnel import fate_rows
-from beam_pipelines.thumbnails import Pictures, Thumbnail
+from beam_pipelines.pages.choice import smallest
+from beam_pipelines.pages.thumbnails import Pictures, Thumbnail
 from shards.snapshot import Snapshot
 
 MAX_GROUPS, MAX_LOSERS = 40, 5
-_COLUMNS = ("unit", "fate", "id", "stage", "code", "source", "name", "score", "threshold", "other_id")
+_COLUMNS = (
+    "unit",
+    "fate",
+    "id",
+    "stage",
+    "code",
+    "source",
+    "name",
+    "offset",
+    "score",
+    "threshold",
+    "other_id",
+)
 
 
 class Loser(NamedTuple):
@@ -57,17 +69,18 @@ class _Rows:
     same_bytes: int = 0
 
 
-def gather_gallery(snapshot: Snapshot, pictures: Pictures) -> Gallery:
+def gather_gallery(snapshot: Snapshot, sources: Sequence[Mapping[str, str]]) -> Gallery:
     """At most MAX_GROUPS groups of MAX_LOSERS, those with the smallest ids, so that the same snapshot gives the same ones.
 
-    Two passes over the decisions. The largest groups come first, in them the closest losers.
+    `sources` as `Pictures` takes them. Two passes over the decisions, one over the ledger's references. The largest groups come first, in them the closest losers.
     """
     keepers = pa.array([], pa.string())
     for table in snapshot.batches("decisions", ("unit", "fate", "code", "other_id")):
         keepers = smallest(keepers, table["other_id"].filter(_is_near(table)), MAX_GROUPS)
-    groups = [
-        _group(keeper_id, rows, pictures) for keeper_id, rows in _rows_of_groups(snapshot, keepers).items()
-    ]
+    found = _rows_of_groups(snapshot, keepers)
+    lost = {loser["id"] for rows in found.values() for loser in rows.losers} | set(found)
+    pictures = Pictures(snapshot, sources, lost)
+    groups = [_group(keeper_id, rows, pictures) for keeper_id, rows in found.items()]
     groups.sort(key=lambda group: (-group.near, group.keeper_id))
     duplicates = [
         row for row in fate_rows(snapshot.manifest) if (row.unit, row.fate) == ("image", "duplicate")
@@ -87,7 +100,7 @@ def _rows_of_groups(snapshot: Snapshot, keepers: pa.Array) -> dict[str, _Rows]:
     for table in snapshot.batches("decisions", _COLUMNS):
         named = pc.or_(pc.is_in(table["other_id"], keepers), pc.is_in(table["id"], keepers))
         for row in table.filter(pc.and_(pc.equal(table["unit"], "image"), named)).to_pylist():
-            if row["stage"] == "filter":
+            if row["stage"] == "filter" or row["code"] == "unwanted_tag":
                 continue  # another reference to the same bytes may be the keeper
             if row["fate"] != "duplicate":
                 groups[row["id"]].keeper = row
@@ -103,16 +116,13 @@ def _rows_of_groups(snapshot: Snapshot, keepers: pa.Array) -> dict[str, _Rows]:
 
 def _group(keeper_id: str, rows: _Rows, pictures: Pictures) -> Group:
     keeper = rows.keeper
-    if keeper["fate"] == "kept":
-        thumbnail = pictures.stored(keeper_id)
-    else:
-        thumbnail = pictures.read_again(keeper["source"], keeper["name"], keeper_id)
+    thumbnail = pictures.stored(keeper_id) if keeper["fate"] == "kept" else pictures.read_again(keeper)
     losers = [
         Loser(
             row["name"],
             row["code"],
             decided_text(row["code"], row["score"], row["threshold"]),
-            pictures.read_again(row["source"], row["name"], row["id"]),
+            pictures.read_again(row),
         )
         for row in sorted(rows.losers, key=_distance)
     ]

@@ -22,8 +22,8 @@ from apache_beam.portability.api import beam_runner_api_pb2 as protos
 from apache_beam.runners.runner import PipelineState
 from rich.console import Console
 
-from beam_pipelines.dataflow import console_link, refuse_secrets
-from beam_pipelines.jobs import JOBS, JobKind
+from beam_pipelines.cloud.dataflow import console_link, refuse_secrets
+from beam_pipelines.cloud.jobs import JOBS, JobKind
 from beam_pipelines.launch import Submission, beam_options
 from beam_pipelines.options import CurateOptions, flag
 from shards.errors import BadRequest, RunFailed
