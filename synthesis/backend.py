@@ -27,17 +27,17 @@ class VlmFailure(BadData):
         return VlmFailure, failure, {"attempts": self.attempts}
 
 
-@dataclass(eq=False)
+@dataclass
 class Picture:
     """An image of a request. `recipe` determines the JPEG bytes that `load` makes: which image, and how it was decoded and re-encoded.
 
-    So a call is known by its recipe, and one that was answered before needs no pixels. A chain sends one picture with most of its
-    calls: in base64 it is made once.
+    So a picture is its recipe, as a call is, and one that was answered before needs no pixels. A chain sends one picture with most of
+    its calls: in base64 it is made once.
     """
 
     recipe: str
-    load: Callable[[], bytes]
-    _base64: bytes = field(default=b"", init=False, repr=False)
+    load: Callable[[], bytes] = field(compare=False)
+    _base64: bytes = field(default=b"", init=False, repr=False, compare=False)
 
     def base64(self) -> bytes:
         if not self._base64:

@@ -239,7 +239,7 @@ class ChatClient:
         """A replica to ask now, after the pause that one asked for. Raises VlmFailure where there is none in time."""
         opened = self._state()
         while True:
-            turn = opened.replicas.take(affinity)
+            turn = opened.replicas.take(affinity, again=call.attempts > 0)
             if turn.replica >= 0:
                 if not turn.trial or self._lives(turn.replica):
                     return turn

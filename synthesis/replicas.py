@@ -50,18 +50,21 @@ class Replicas:
         self._homes: OrderedDict[bytes, int] = OrderedDict()
         self._clock, self._lock = clock, threading.Lock()
 
-    def take(self, affinity: bytes) -> Turn:
+    def take(self, affinity: bytes, again: bool = False) -> Turn:
         """The next attempt of `affinity`; whoever takes a replica tells how it went, with `answered` or `failed`.
 
-        Nobody where all are dead, or the one that would be asked wants to be left alone: come back after `wait_s`.
+        Nobody where all are dead, or the one that would be asked wants to be left alone: come back after `wait_s`. A call that failed
+        and is made `again` is no trial of a dead replica while another lives: its pauses grow as rests do, so it could meet trials alone.
         """
         now = self._clock()
         with self._lock:
+            living = [index for index in range(len(self._replicas)) if self._lives(index, now)]
+            if not living:
+                return Turn(-1, self._rest_s(now), all_dead=True)
+            if again:
+                living = [index for index in living if not self._replicas[index].dead_until] or living
             index = self._homes.get(affinity, -1) if affinity else -1
-            if index < 0 or not self._lives(index, now) or self._paused_s(index, now) > STAY_S:
-                living = [index for index in range(len(self._replicas)) if self._lives(index, now)]
-                if not living:
-                    return Turn(-1, self._rest_s(now), all_dead=True)
+            if index not in living or self._paused_s(index, now) > STAY_S:
                 index = min(living, key=lambda index: self._load(index, now))
             if affinity:
                 self._homes[affinity] = index

@@ -82,6 +82,23 @@ def test_a_dead_replica_gives_its_images_away_and_is_tried_again() -> None:
     assert replicas.take(b"a").replica == 1
 
 
+def test_a_call_that_failed_is_no_trial_while_another_replica_lives() -> None:
+    clock = Clock()
+    replicas = Replicas(2, clock)
+    for _ in range(DEAD_AFTER):
+        assert replicas.take(b"a").replica == 0
+        replicas.failed(0, DEAD)
+    clock.sleep(FIRST_REST_S)
+    assert replicas.take(b"a", again=True) == (1, 0.0, False, False)
+    trial = replicas.take(b"b")
+    assert (trial.replica, trial.trial) == (0, True)
+    for _ in range(DEAD_AFTER):
+        replicas.failed(1, DEAD)
+    replicas.failed(0, DEAD)
+    clock.sleep(FIRST_REST_S)
+    assert replicas.take(b"a", again=True).trial, "there is no other"
+
+
 def test_all_dead_is_told_with_the_time_of_the_next_trial() -> None:
     clock = Clock()
     replicas = Replicas(2, clock)
