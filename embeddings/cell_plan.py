@@ -54,7 +54,7 @@ class Estimate(NamedTuple):
     recall: float
     told_from: str = ""
 
-    def cost(self, count: int, dimensions: int) -> float:
+    def cost(self, count: float, dimensions: int) -> float:
         """Multiplications, as many as take the time of comparing, finding and opening the cells, and sending the copies."""
         compared = self.share * count * count / 2 * _BOUNDING
         sent = count * (self.num_cells + self.copies * SENDING)

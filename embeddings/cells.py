@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 _SQUARED_NORM = 1.001
 """Of a unit vector rounded to float16, at most: (1 + 2^-11)^2."""
@@ -72,8 +73,8 @@ class Router:
         # Equal centroids have no bisector, and of near ones rounding would decide: taken for further apart they get more guests.
         self._apart = np.maximum(apart, _LEAST_APART).astype(np.float32)
         self._furthest = self._apart.max(axis=1)
-        # One product gives x.c - |c|^2 / 2, which is largest where |x - c| is smallest.
-        self._nearing = np.concatenate([centroids.T, -squared[None] / 2]).astype(np.float32)
+        self._centroids = torch.from_numpy(cells.centroids.T.copy())
+        self._less = torch.from_numpy(-squared.astype(np.float32) / 2)
         self._reach = math.sqrt(max(0.0, 2 * _SQUARED_NORM - 2 * cosine)) / 2 + _SLACK
 
     def route(self, vectors: npt.NDArray[np.float16]) -> Visits:
@@ -119,10 +120,10 @@ class Router:
     def _nearness(
         self, vectors: npt.NDArray[np.float16] | npt.NDArray[np.float32]
     ) -> npt.NDArray[np.float32]:
-        """The larger, the nearer each is to each centroid."""
-        wide = np.ones((len(vectors), len(self._nearing)), np.float32)
-        wide[:, :-1] = vectors
-        return np.asarray(wide @ self._nearing)
+        """x.c - |c|^2 / 2, (N, K): the larger, the nearer each is to each centroid."""
+        # torch widens halves five times as fast as numpy, but takes no array that it may not write to.
+        wide = torch.from_numpy(vectors.copy()).float()
+        return np.asarray(torch.addmm(self._less, wide, self._centroids))
 
     def _near(
         self, vectors: npt.NDArray[np.float16] | npt.NDArray[np.float32]

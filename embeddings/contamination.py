@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from embeddings.duplicates import DuplicateRule, compare, propose, signatures
+from embeddings.duplicates import DuplicateRule, Signatures, compare, propose, signatures
 
 MAX_PROTECTED = 200_000
 """Every worker holds them."""
@@ -37,9 +37,9 @@ class Print(NamedTuple):
     phash: bytes
     structure: bytes
 
-    @property
-    def signature(self) -> tuple[bytes, bytes, bytes]:
-        return self.embedding, self.phash, self.structure
+
+def _signatures(prints: Sequence[Print]) -> Signatures:
+    return signatures([(one.embedding, one.phash, one.structure) for one in prints])
 
 
 class ContaminationRule(NamedTuple):
@@ -108,7 +108,7 @@ class Protected:
         column_of = {name: column for column, name in enumerate(self.names)}
         self.ids = [one.image_id for one in protected]
         self.columns = np.array([column_of[one.benchmark] for one in protected], np.intp)
-        self.signatures = signatures([one.signature for one in protected]) if protected else None
+        self.signatures = _signatures(protected) if protected else None
         self.rows_of: dict[bytes, list[int]] = {}
         for row, image_id in enumerate(self.ids):
             self.rows_of.setdefault(image_id, []).append(row)
@@ -130,7 +130,7 @@ class _Search:
         self.hit, self.verified = np.zeros((2, len(images), len(protected.names)), bool)
         if not images or protected.signatures is None:
             return
-        self._ours, self._theirs = signatures([one.signature for one in images]), protected.signatures
+        self._ours, self._theirs = _signatures(images), protected.signatures
         for start in range(0, len(protected.ids), _PROTECTED_AT_ONCE):
             self._meet(slice(start, start + _PROTECTED_AT_ONCE))
 

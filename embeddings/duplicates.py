@@ -30,6 +30,8 @@ PRINT_ID_BYTES = 16
 PROPOSAL_MARGIN = 0.001
 """float32 products of unit float16 vectors are within 1e-4 of exact, and rounded to float16 within 5e-4; the exact score decides."""
 _BLOCK = 256
+_MATCHED = 64
+"""Where more than one of so many pairs of hashes is near, all their bits are written down instead of those pairs."""
 _NEVER = 2.0
 """A cosine that no pair reaches."""
 
@@ -141,9 +143,38 @@ def differing_bits(ours: npt.NDArray[np.uint64], theirs: npt.NDArray[np.uint64])
     found = np.empty((len(ours), len(theirs)), np.int32)
     if found.size:
         width = ours.nbytes // len(ours)
-        pointers = (faiss.swig_ptr(array.view(np.uint8)) for array in (ours, theirs))
-        faiss.hammings(*pointers, len(ours), len(theirs), width, faiss.swig_ptr(found))  # type: ignore[attr-defined]
+        faiss.hammings(*map(_octets, (ours, theirs)), len(ours), len(theirs), width, faiss.swig_ptr(found))  # type: ignore[attr-defined]
     return found
+
+
+def _octets(hashes: npt.NDArray[np.uint64]) -> Any:
+    return faiss.swig_ptr(hashes.view(np.uint8))
+
+
+def within_bits(
+    ours: npt.NDArray[np.uint64], theirs: npt.NDArray[np.uint64], max_bits: int, num_known: int = 0
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.int32]]:
+    """uint64 (n,) and (m,) -> the flat places in n x m, ascending, of pairs that differ in at most so many bits, and how many those are.
+
+    Counting such pairs takes a twentieth of the time of `differing_bits`: where they are the `num_known` that the caller knows of,
+    they are passed over.
+    """
+    count, none = np.zeros(1, np.uint64), (np.empty(0, np.intp), np.empty(0, np.int32))
+    sizes = len(ours), len(theirs), max_bits
+    if not all(sizes[:2]):
+        return none
+    octets = [_octets(np.ascontiguousarray(hashes)) for hashes in (ours, theirs)]
+    faiss.hamming_count_thres(*octets, *sizes, ours.itemsize, faiss.swig_ptr(count))  # type: ignore[attr-defined]
+    found = int(count[0])
+    if found <= num_known:
+        return none
+    if found * _MATCHED > len(ours) * len(theirs):
+        bits = differing_bits(ours, theirs).reshape(-1)
+        places = np.flatnonzero(bits <= max_bits)
+        return places, bits[places]
+    pairs, bits = np.empty((found, 2), np.int64), np.empty(found, np.int32)
+    faiss.match_hamming_thres(*octets, *sizes, ours.itemsize, faiss.swig_ptr(pairs), faiss.swig_ptr(bits))  # type: ignore[attr-defined]
+    return pairs[:, 0] * len(theirs) + pairs[:, 1], bits
 
 
 def orientations(hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -23,10 +23,10 @@ from embeddings.duplicates import (
     PROPOSAL_MARGIN,
     STRUCTURE_BITS,
     Pairing,
-    differing_bits,
     exact_scores,
     nearest_bits,
     orientations,
+    within_bits,
 )
 
 Signal = Literal["cosine", "phash"]
@@ -50,7 +50,7 @@ _LEADING_AT = 128
 """Dimensions from which on bounding scores saves more than it takes,"""
 _BOUNDED_ROWS = 32
 """and rows: of new images, a cell has few."""
-_SPREAD_OF = 256
+_SPREAD_OF = 64
 """Members that tell in which coordinates a bucket's vectors differ most."""
 _GATHERED, _GATHERED_BYTES = 48, 4 << 20
 """Pairs that a product of blocks scores in the time of one whose vectors are gathered, and what is gathered at once: more leaves the caches."""
@@ -253,9 +253,11 @@ class _Search:
     def _by_phash(
         self, rows: npt.NDArray[np.intp], columns: npt.NDArray[np.intp], label: npt.NDArray[np.intp]
     ) -> _Proposed:
-        bits = differing_bits(self._members.phashes[rows], self._members.phashes[columns]).reshape(-1)
-        hits = np.flatnonzero(bits <= self._pairing.loosest.phash_bits)
-        return _apart(_Proposed(hits, bits[hits]), rows, columns, label)
+        phashes, max_bits = self._members.phashes, self._pairing.loosest.phash_bits
+        both = min(len(rows), len(columns))
+        with_themselves = int(np.count_nonzero(rows[:both] == columns[:both]))
+        near = within_bits(phashes[rows], phashes[columns], max_bits, with_themselves)
+        return _apart(_Proposed(*near), rows, columns, label)
 
     def _verifiable(
         self, proposed: _Proposed, rows: npt.NDArray[np.intp], columns: npt.NDArray[np.intp]
@@ -389,12 +391,16 @@ def _row_blocks(rows: npt.NDArray[np.intp]) -> Iterator[npt.NDArray[np.intp]]:
 
 
 def _queries(
-    block: npt.NDArray[np.intp], columns: npt.NDArray[np.intp], label: npt.NDArray[np.intp]
+    block: npt.NDArray[np.intp], columns: npt.NDArray[np.intp], trees: _Trees
 ) -> Iterator[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]:
-    """Rows x columns that hold every pair of different trees; `label` may change between them.
+    """Rows x columns that hold every pair of different trees, which may grow between them.
 
     Where much of the columns is one tree, some of it is asked first: what joins it there has nothing to ask of the rest.
     """
+    if not trees.edges:
+        yield block, columns
+        return
+    label = trees.label
     for tree in _hubs(label[columns]):
         outside = block[label[block] != tree]
         if len(outside):
@@ -441,7 +447,7 @@ def find_forest(
             beside = columns[done:] if is_triangle else columns
             done += len(block)
             for start in range(0, len(beside), _COLUMNS):
-                for ours, theirs in _queries(block, beside[start : start + _COLUMNS], trees.label):
+                for ours, theirs in _queries(block, beside[start : start + _COLUMNS], trees):
                     if fixed[ours].all():
                         theirs = theirs[~fixed[theirs]]
                     if len(ours) and len(theirs):

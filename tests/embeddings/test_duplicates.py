@@ -16,6 +16,7 @@ from embeddings.duplicates import (
     differing_bits,
     print_of,
     walk,
+    within_bits,
 )
 from shards.records import EmbeddedImage, Verdict
 from tests.embeddings.oracle import clustered, image, oracle
@@ -137,3 +138,17 @@ def test_bits_are_counted() -> None:
     ]
     assert differing_bits(ours, theirs).tolist() == expected
     assert differing_bits(ours[:, 0], theirs[:0, 0]).shape == (5, 0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3])
+def test_near_hashes_are_found_however_many_they_are(share: float) -> None:
+    rng = np.random.default_rng(2)
+    ours, theirs = (rng.integers(0, 2**64, n, dtype=np.uint64) for n in (70, 90))
+    for row, column in np.argwhere(rng.random((70, 90)) < share):
+        theirs[column] = ours[row] ^ np.uint64(2 ** int(rng.integers(12)) - 1)
+    bits = differing_bits(ours, theirs).reshape(-1)
+    places, found = within_bits(ours, theirs, 8)
+    assert places.tolist() == np.flatnonzero(bits <= 8).tolist() and found.tolist() == bits[places].tolist()
+    assert bool(len(places)) == bool(share)
+    assert not len(within_bits(ours, theirs, 8, len(places))[0]), "those were known"
+    assert not len(within_bits(ours[:0], theirs, 8)[0]) and not len(within_bits(ours, theirs[:0], 8)[0])
