@@ -23,12 +23,13 @@ from scipy.optimize import nnls
 from benchmarks.search import draw, sample_of
 from embeddings.cell_plan import (
     BRUTE_FORCE,
+    BRUTE_FORCE_BELOW,
     MAX_SAMPLE,
     MOST_CELLS,
     PART,
-    SENDING,
     Estimate,
-    fit,
+    directions_of,
+    fit_cells,
     num_to_fit,
     plan_cells,
 )
@@ -109,36 +110,49 @@ class Cost(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """What numbers of cells cost, as powers: guest visits an image a * K^b, pairs compared c * K^d of brute force."""
+    """What numbers of cells cost, as samples told: (cells, directions or 0 for all, guest visits an image, pairs compared as a share of
+    brute force) each. Between and past them both are powers.
+    """
 
-    a: float
-    b: float
-    c: float
-    d: float
+    points: Sequence[tuple[int, int, float, float]]
     told_by: str
 
-    def at(self, cells: int) -> Estimate:
-        copies, share = 1 + self.a * cells**self.b, min(1.0, self.c * cells**self.d)
-        return Estimate(cells, -1, copies, share, 1.0) if cells > 1 else BRUTE_FORCE
+    def at(self, cells: int) -> list[Estimate]:
+        """In few directions and in all; brute force for one cell."""
+        return (
+            [self._in(kind, cells) for kind in sorted({one[1] for one in self.points})]
+            if cells > 1
+            else [BRUTE_FORCE]
+        )
+
+    def _in(self, directions: int, cells: int) -> Estimate:
+        some = [one for one in self.points if one[1] == directions]
+        sizes, _, visits, shares = zip(*some, strict=True)
+        share = min(1.0, _by_powers(cells, sizes, shares))
+        copies = 1 + _by_powers(cells, sizes, visits)
+        return Estimate(cells, 1.0, copies, share, 1.0, directions=directions)
+
+
+def _by_powers(size: int, sizes: Sequence[int], values: Sequence[float]) -> float:
+    x, logs, log_values = math.log(size), np.log(sizes), np.log(np.maximum(values, 1e-6))
+    slope, _ = np.polyfit(logs, log_values, 1)
+    past = slope * (x - np.clip(x, logs[0], logs[-1]))
+    return math.exp(np.interp(x, logs, log_values) + past)
 
 
 def curve_of(sample: np.ndarray, told_by: str) -> Curve:
     """From float16 (n, D), of which as many are fitted on as a search would, and the others visit."""
-    half, rule = len(sample) // 2, DuplicateRule().thresholds
-    sizes = [size for size in (64, 128, 256, 512, 1024, 2048) if size * 8 <= half]
-    told = [
-        plan_cells(
-            sample, 10**12, rule, frozen=fit(sample[: num_to_fit(size, len(sample))], size, 4)
-        ).estimate
-        for size in sizes
-    ]
-    told = [one for one in told if one.num_cells > 1]
-    if len(told) < 2:
+    rule, basis = DuplicateRule().thresholds, directions_of(sample)
+    sizes = [size for size in (64, 128, 256, 512, 1024, 2048) if size * 16 <= len(sample)]
+    if len(sizes) < 2:
         raise SystemExit(f"--pilot: {len(sample)} vectors are too few to tell what cells cost; 4,000 or more")
-    logs = np.log([one.num_cells for one in told])
-    b, a = np.polyfit(logs, np.log([max(one.copies - 1, 1e-6) for one in told]), 1)
-    d, c = np.polyfit(logs, np.log([one.share for one in told]), 1)
-    return Curve(math.exp(a), b, math.exp(c), d, told_by)
+    points = []
+    for size in sizes:
+        for directions in [basis, None][basis is None :]:
+            cells = fit_cells(sample[: num_to_fit(size, len(sample))], size, directions)
+            told = plan_cells(sample, 10**12, rule, frozen=cells).estimate
+            points.append((size, told.directions, round(told.copies - 1, 5), told.share))
+    return Curve(points, told_by)
 
 
 def drawn_curve(images: int, dimensions: int) -> Curve:
@@ -152,7 +166,7 @@ def measured_curve(images: float, dimensions: int, path: Path = MEASURED) -> Cur
         raise SystemExit(f"--dimensions {dimensions}: cells were not measured with so many; --pilot tells")
     below = [one for one in told if one["images"] <= images]
     chosen = max(below or told, key=lambda one: one["images"] if below else -one["images"])
-    return Curve(*chosen["curve"], f"{chosen['images']:,} drawn vectors")
+    return Curve(chosen["points"], f"{chosen['images']:,} drawn vectors")
 
 
 def pilot_curve(folder: str) -> Curve:
@@ -166,7 +180,7 @@ def pilot_curve(folder: str) -> Curve:
 
 
 class Searched(NamedTuple):
-    """What a search has to do. `parts` of an average cell."""
+    """What a search has to do. `parts` of an average cell; `routed` multiplications."""
 
     cells: int
     parts: float
@@ -211,8 +225,9 @@ def combined_bands(images: float, phash_bits: int, pair_cost: float, member_cost
     best: tuple[float, list[int]] = (math.inf, [])
     for count in range(phash_bits + 1, phash_bits + 6):
         agreeing = count - phash_bits
-        keys = math.comb(count, agreeing)
-        widths = [64 * agreeing // count] * keys
+        widths = [64 * agreeing // count] * math.comb(count, agreeing)
+        if agreeing == 1:
+            widths = widths_of(phash_bits)
         members, pairs, _, _ = band_work(images, widths)
         best = min(best, (pairs * pair_cost + members * member_cost, widths))
     return best[1]
@@ -223,14 +238,18 @@ def search_work(load: Workload, curve: Curve, costs: "Costs", planned: bool = Fa
     images = load.images
     middle = 1 << round(math.log2(math.sqrt(max(images, 4))))
     most = 1 << 40 if planned else MOST_CELLS
-    options = [curve.at(min(size, most)) for size in (middle // 4, middle, middle * 2)] + [BRUTE_FORCE]
+    options = [one for size in (middle // 4, middle, middle * 2, 1) for one in curve.at(min(size, most))]
 
-    def work(one: Estimate) -> float:
-        """Products: the searches that the costs are calibrated on score every pair."""
-        routed = images * (2 * math.sqrt(one.num_cells) if planned else one.num_cells)
-        return one.share * images**2 / 2 + routed + images * one.copies * SENDING
+    def finding(one: Estimate) -> float:
+        # As planned, coarse centroids and then those of one coarse cell.
+        coarse = one._replace(num_cells=round(2 * math.sqrt(one.num_cells))) if planned else one
+        return images * coarse.finding(load.dimensions)
 
-    chosen = BRUTE_FORCE if images <= 8192 else min(options, key=work)
+    def cost(one: Estimate) -> float:
+        found = images * one.finding(load.dimensions)
+        return one.cost(images, load.dimensions) - found + finding(one)
+
+    chosen = BRUTE_FORCE if images <= BRUTE_FORCE_BELOW else min(options, key=cost)
     residents = images / chosen.num_cells
     parts = max(1.0, math.ceil(residents / PART))
     guests = chosen.copies - 1
@@ -242,17 +261,19 @@ def search_work(load: Workload, curve: Curve, costs: "Costs", planned: bool = Fa
         in_one = load.hot * images
         pairs += in_one**2 / 2
         members += in_one * max(1.0, in_one / PART)
-    routed = images * (2 * math.sqrt(chosen.num_cells) if planned else chosen.num_cells)
     widths = widths_of(load.phash_bits)
     if planned:
         sending = costs.band_route + costs.band_member + SIGNATURE_BYTES * costs.sent_byte
         widths = combined_bands(images, load.phash_bits, costs.band_pair, sending)
     tasks = chosen.num_cells * parts * (parts + 1) / 2
-    return Searched(chosen.num_cells, parts, routed, members, pairs, tasks, *band_work(images, widths))
+    return Searched(
+        chosen.num_cells, parts, finding(chosen), members, pairs, tasks, *band_work(images, widths)
+    )
 
 
 class Costs(NamedTuple):
-    """Measured, in CPU seconds: an image in each linear stage and what a job costs at all, and of the search a multiplication, a member, a pair."""
+    """Measured, in CPU seconds: an image in each linear stage and what a job costs at all, and of the search a multiplication, a pair, a
+    member's coordinate, a task."""
 
     each: Mapping[str, float]
     fixed: Mapping[str, float]
@@ -269,7 +290,8 @@ class Costs(NamedTuple):
     route_product: float
     route_member: float
     product: float
-    member: float
+    pair: float
+    member_coordinate: float
     task: float
     band_route: float
     band_pair: float
@@ -299,7 +321,7 @@ class Costs(NamedTuple):
         (image,) = found["images"][-1:]
         searches = [one for one in found["searches"] if one["images"] <= SEARCHES_UP_TO]
         fits = _fitted(searches)
-        largest = max(searches, key=lambda one: one["images"])
+        largest = max(searches, key=lambda one: (one["images"], one["dimensions"]))
         costs = cls(
             each=each,
             fixed=fixed | {"launcher": few["launcher_cpu_s"] - FIXED_BY * launcher},
@@ -329,8 +351,9 @@ class Costs(NamedTuple):
 
     def search_cpu(self, work: Searched, dimensions: int) -> float:
         """Of routing and comparing, without what a runner adds."""
-        cosine = self.route_product * work.routed * dimensions + self.route_member * work.members
-        cosine += self.product * work.pairs * dimensions + self.member * work.members + self.task * work.tasks
+        cosine = self.route_product * work.routed + self.route_member * work.members
+        cosine += (self.product * dimensions + self.pair) * work.pairs
+        cosine += self.member_coordinate * work.members * dimensions + self.task * work.tasks
         band = (self.band_route + self.band_member) * work.band_members + self.band_pair * work.band_pairs
         return cosine + band + self.band_task * work.band_tasks
 
@@ -353,21 +376,26 @@ def _fitted(searches: Sequence[Any]) -> dict[str, float]:
         found, _ = nnls(matrix / right[:, None] / scale, np.ones(len(right)))
         return [float(value) for value in found / scale]
 
-    def columns(one: Mapping[str, Any], signal: str, tasks: int, of: int = 1) -> list[float]:
-        return [one["compared"][signal] * of, one["members"][signal], tasks]
-
     celled = [one for one in searches if one["num_cells"] > 1]
     route_product, route_member = solve(
-        [[one["images"] * one["num_cells"] * one["dimensions"], one["members"]["cosine"]] for one in celled],
+        [[routed_of(one), one["members"]["cosine"]] for one in celled],
         [one["route_cpu_s"]["cosine"] for one in celled],
     )
-    product, member, task = solve(
-        [columns(one, "cosine", one["num_cells"], one["dimensions"]) for one in searches],
+    product, pair, member_coordinate, task = solve(
+        [
+            [
+                one["compared"]["cosine"] * one["dimensions"],
+                one["compared"]["cosine"],
+                one["members"]["cosine"] * one["dimensions"],
+                one["num_cells"],
+            ]
+            for one in searches
+        ],
         [one["compare_cpu_s"]["cosine"] for one in searches],
     )
     buckets = sum(2**width for width in widths_of(DuplicateRule().phash_bits))
     band_pair, band_member, band_task = solve(
-        [columns(one, "phash", buckets) for one in searches],
+        [[one["compared"]["phash"], one["members"]["phash"], buckets] for one in searches],
         [one["compare_cpu_s"]["phash"] for one in searches],
     )
     (band_route,) = solve(
@@ -377,13 +405,20 @@ def _fitted(searches: Sequence[Any]) -> dict[str, float]:
         "route_product": route_product,
         "route_member": route_member,
         "product": product,
-        "member": member,
+        "pair": pair,
+        "member_coordinate": member_coordinate,
         "task": task,
         "band_route": band_route,
         "band_pair": band_pair,
         "band_member": band_member,
         "band_task": band_task,
     }
+
+
+def routed_of(one: Mapping[str, Any]) -> float:
+    """Multiplications that a measured search found its cells with."""
+    cells = Estimate(one["num_cells"], 1.0, 1.0, 1.0, 1.0, directions=one["directions"])
+    return one["images"] * cells.finding(one["dimensions"]) if one["num_cells"] > 1 else 0
 
 
 def stages_of(
@@ -404,7 +439,7 @@ def stages_of(
     # Each worker keeps a sample of its own until they are joined; what was measured had one.
     sampled = min(images, (1 if known else 32) * MAX_SAMPLE) * (2 * load.dimensions + 16)
     fitted = costs.fit_cell * searched.cells
-    route_cpu = costs.route_product * searched.routed * load.dimensions
+    route_cpu = costs.route_product * searched.routed
     route_cpu += costs.route_member * searched.members + costs.band_route * searched.band_members
     compare_cpu = costs.search_cpu(searched, load.dimensions) - route_cpu
     edges = images * max(load.duplicates, costs.edges)
@@ -634,7 +669,7 @@ def error_rows(costs: Costs, path: Path = MEASURED) -> list[tuple[str, float, fl
         searched = work_of(one)
         predicted = costs.search_cpu(searched, one["dimensions"])
         measured = sum(one["route_cpu_s"].values()) + sum(one["compare_cpu_s"].values())
-        known = one["images"] <= SEARCHES_UP_TO and one["dimensions"] == 256
+        known = one["images"] <= SEARCHES_UP_TO
         rows.append(
             (
                 f"search of {one['images']:,} x {one['dimensions']}, CPU s, its pairs given",
@@ -666,9 +701,8 @@ def error_rows(costs: Costs, path: Path = MEASURED) -> list[tuple[str, float, fl
 def work_of(one: Mapping[str, Any]) -> Searched:
     """What a measured search did."""
     cells, members, pairs = one["num_cells"], one["members"], one["compared"]
-    routed = one["images"] * cells if cells > 1 else 0
     buckets = sum(2**width for width in widths_of(DuplicateRule().phash_bits))
-    cosine = cells, 1.0, routed, members["cosine"], pairs["cosine"], cells
+    cosine = cells, 1.0, routed_of(one), members["cosine"], pairs["cosine"], cells
     return Searched(*cosine, members["phash"], pairs["phash"], 0.0, buckets)
 
 

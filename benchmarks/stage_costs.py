@@ -17,7 +17,7 @@ import tempfile
 import time
 import tracemalloc
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -38,8 +38,8 @@ from benchmarks.machine import describe
 from benchmarks.search import draw, in_own_process, peak_bytes, sample_of
 from benchmarks.simulate import drawn_curve
 from benchmarks.throughput import make_jpegs
-from embeddings.buckets import Buckets
-from embeddings.cell_plan import plan_cells
+from embeddings.buckets import Buckets, join_duplicates
+from embeddings.cell_plan import brute_force, plan_cells
 from embeddings.duplicates import DuplicateRule, Group, Pairing, Prints, Signatures, ids_of
 from embeddings.encoder import EncoderSpec, load_encoder
 from embeddings.forest import components, find_forest
@@ -55,6 +55,8 @@ from transforms.read import take_samples
 
 DIMENSIONS, CLASSES = 1280, 1000
 PER_TAR = 10_000
+WARMED_BY = 8_000
+"""Images that a process searches before it is measured: fresh memory takes longer than small searches."""
 STAGES = {
     "list": ("Sources", "ReadSamples", "SampleInputs", "CodesOfRead", "LimitUnreadable", "ImagesOfSamples", "DistinctReferences"),
     "ledger": ("EmbedReferences",),
@@ -259,6 +261,7 @@ class SearchCost(NamedTuple):
     images: int
     dimensions: int
     num_cells: int
+    directions: int
     estimated_copies: float
     estimated_share: float
     fit_cpu_s: float
@@ -271,12 +274,19 @@ class SearchCost(NamedTuple):
     peak_bytes: int
 
 
-def search_cost(count: int, dimensions: int) -> SearchCost:
-    """The search of the default rule over drawn facts."""
-    drawn = draw_facts(count, dimensions)
-    pairing = Pairing([Group(DuplicateRule().thresholds)])
+def _prints_of(drawn: Drawn) -> Prints:
+    count = len(drawn.vectors)
     ids = ids_of(np.random.default_rng(2).bytes(16 * count))
-    prints = Prints(ids, [], [], np.zeros(count, np.int64), Signatures(*drawn))
+    return Prints(ids, [], [], np.zeros(count, np.int64), Signatures(*drawn))
+
+
+def search_cost(count: int, dimensions: int) -> SearchCost:
+    """The search of the default rule over drawn facts, in a process that has searched before."""
+    pairing = Pairing([Group(DuplicateRule().thresholds)])
+    few = _prints_of(draw_facts(WARMED_BY, dimensions))
+    join_duplicates(Buckets(brute_force(WARMED_BY), pairing).split(few), pairing)
+    drawn = draw_facts(count, dimensions)
+    prints = _prints_of(drawn)
     held, started = peak_bytes("VmRSS"), cpu_s()
     plan = plan_cells(sample_of(drawn.vectors), count, pairing.loosest)
     fitted = now = cpu_s()
@@ -296,7 +306,7 @@ def search_cost(count: int, dimensions: int) -> SearchCost:
     joined = cpu_s()
     estimate = plan.estimate
     return SearchCost(
-        count, dimensions, estimate.num_cells, estimate.copies, estimate.share, fitted - started, route, compare,
+        count, dimensions, estimate.num_cells, estimate.directions, estimate.copies, estimate.share, fitted - started, route, compare,
         members, compared, sum(map(len, edges)), joined - now, peak_bytes() - held,
     )  # fmt: skip
 
@@ -364,12 +374,11 @@ class CurveCost(NamedTuple):
 
     images: int
     dimensions: int
-    curve: list[float]
+    points: Sequence[tuple[int, int, float, float]]
 
 
 def curve_cost(count: int, dimensions: int) -> CurveCost:
-    *powers, _ = drawn_curve(count, dimensions)
-    return CurveCost(count, dimensions, powers)
+    return CurveCost(count, dimensions, drawn_curve(count, dimensions).points)
 
 
 def origin_bytes(count: int = 20_000) -> int:

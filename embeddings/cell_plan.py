@@ -1,7 +1,8 @@
 """Which cells to search in: the number of them that makes the least work, and how far guests have to come for a recall.
 
 Any centroids give the same duplicates; what they change is the work. A sample of the vectors tells what each number of cells would cost,
-and one cell is brute force.
+and one cell is brute force. Its principal directions are few that hold most of how vectors differ: with fewer there are more guests, and
+less to multiply.
 
 With a `reach` below 1 only images within that part of d / 2 are guests: cheaper, and not exact, since a pair is then lost if the bisector
 parts it about in the middle and lies across its difference. Between clusters few do: of the directions in which images differ, one
@@ -10,7 +11,7 @@ itself tell the reach.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import faiss
@@ -30,15 +31,23 @@ PART = 16_384
 """Residents of a cell that one worker compares at a time."""
 _ITERATIONS, _POINTS, _FITTED = 8, 64, 0.875
 """Of k-means, vectors a centroid that it is fitted on, and how much of a sample at most."""
-_ROUGH, _ROUGH_POINTS, _ROUGH_ITERATIONS = 4096, 4, 2
-"""Vectors, of them at least for a centroid, and iterations that tell which number of cells is the cheapest."""
+_ROUGH, _ROUGH_FITTED, _ROUGH_POINTS, _ROUGH_ITERATIONS = 4096, 2048, 4, 2
+"""Vectors that tell which number of cells is the cheapest; those that rough ones are fitted on, at least, and for a centroid; iterations."""
+_LOOKED = 8192
+"""Vectors that tell what cells cost."""
 _AMONG, _ROUGH_AMONG = 4096, 1024
 """Vectors whose true pairs and nearest neighbours tell a reach, and roughly."""
 _TRUE_PAIRS = 16_384
 """That are looked at, of all among so many vectors."""
+_TELLING = 2
+"""What telling a reach takes, over its products alone."""
 _COMPARED_AT_ONCE = 1024
 _EQUAL = 1e-6
 """Vectors whose squared distance is no more than twice that are one."""
+_HELD = 0.85
+"""Of the variance, what the directions of cells hold: with less guests become many, with more each one found costs more."""
+_DIRECTIONS_OF, _DIRECTIONS_AT = 4096, 64
+"""Vectors that tell directions, and dimensions from which on there are any."""
 _UNSEEN = 3
 """Misses that a sample without one still allows, 19 times of 20."""
 
@@ -53,12 +62,22 @@ class Estimate(NamedTuple):
     share: float
     recall: float
     told_from: str = ""
+    directions: int = 0
+    """In which cells are found; 0: those of the vectors."""
 
     def cost(self, count: float, dimensions: int) -> float:
-        """Multiplications, as many as take the time of comparing, finding and opening the cells, and sending the copies."""
-        compared = self.share * count * count / 2 * _BOUNDING
-        sent = count * (self.num_cells + self.copies * SENDING)
-        return (compared + sent) * dimensions + self.num_cells * _OPENING
+        """Multiplications, as many as take the time of fitting, finding and opening the cells, sending the copies and comparing."""
+        fitted = _ITERATIONS * num_to_fit(self.num_cells, MAX_SAMPLE) * self.num_cells
+        return (
+            self.share * count * count / 2 * (dimensions * _LEADING + _SCANNING)
+            + count * (self.finding(dimensions) + self.copies * SENDING * dimensions)
+            + fitted * (self.directions or dimensions)
+            + self.num_cells * _OPENING
+        )
+
+    def finding(self, dimensions: int) -> float:
+        """Multiplications that finding the cells of a vector takes."""
+        return self.num_cells * (self.directions or dimensions) + self.directions * dimensions
 
     def __str__(self) -> str:
         if self.num_cells == 1:
@@ -68,19 +87,23 @@ class Estimate(NamedTuple):
             kind = (
                 f"{self.reach:.2f} of the reach, recall {self.recall:.4f} or more told from {self.told_from}"
             )
-        return (
-            f"{self.num_cells} cells, {kind}: {self.copies:.1f} copies, {100 * self.share:.1f} % of the pairs"
-        )
+        where = f" in {self.directions} directions" if self.directions else ""
+        return f"{self.num_cells} cells{where}, {kind}: {self.copies:.1f} copies, {100 * self.share:.1f} % of the pairs"
 
 
-_BOUNDING = 0.2
-"""Of the time of a pair's product, what comparing it takes, since its score is mostly bounded and not worked out (`embeddings.forest`)."""
+_LEADING, _SCANNING = 1 / 8, 64
+"""Of the coordinates, what comparing a pair multiplies, since its score is mostly bounded and not worked out (`embeddings.forest`); and
+multiplications in whose time the bound is looked at: 20 to 75, of the processors that were measured."""
 _OPENING = 50_000_000
 """Multiplications in whose time the search of a cell begins and ends, 1.3 ms."""
 SENDING = 1000
 """Products that moving one vector to a worker costs as much time as: finding its cells, packing and unpacking it took as long as 1,500
 with 256 dimensions and 750 with 1,280, one core, without what a runner adds for its shuffle."""
 BRUTE_FORCE = Estimate(1, 1.0, 1.0, 1.0, 1.0)
+
+
+_Option = tuple[Estimate, Cells]
+_Cost = Callable[[_Option], float]
 
 
 class Plan(NamedTuple):
@@ -92,7 +115,9 @@ class Plan(NamedTuple):
 
 
 def fit(
-    sample: npt.NDArray[np.float16], num_cells: int, iterations: int = _ITERATIONS
+    sample: npt.NDArray[np.float16] | npt.NDArray[np.float32],
+    num_cells: int,
+    iterations: int = _ITERATIONS,
 ) -> npt.NDArray[np.float32]:
     """k-means centroids float32 (num_cells, D), seeded."""
     means = faiss.Kmeans(
@@ -105,6 +130,31 @@ def fit(
     )
     means.train(sample.astype(np.float32))
     return np.asarray(means.centroids, np.float32).reshape(num_cells, -1)
+
+
+def directions_of(sample: npt.NDArray[np.float16]) -> npt.NDArray[np.float32] | None:
+    """The principal directions of a sample that hold most of its variance, float32 (D, L); None where it takes half of all or more."""
+    dimensions = sample.shape[1]
+    if dimensions < _DIRECTIONS_AT:
+        return None
+    some = sample[:_DIRECTIONS_OF].astype(np.float32)
+    some -= some.mean(axis=0)
+    scatter = some.T @ some
+    held, basis = np.linalg.eigh(scatter)
+    count = int((np.cumsum(held[::-1]) < _HELD * held.sum()).sum()) + 1
+    return np.ascontiguousarray(basis[:, ::-1][:, :count]) if count <= dimensions // 2 else None
+
+
+def fit_cells(
+    sample: npt.NDArray[np.float16],
+    num_cells: int,
+    basis: npt.NDArray[np.float32] | None,
+    iterations: int = _ITERATIONS,
+) -> Cells:
+    """Cells of one part each, in these directions."""
+    wide = sample.astype(np.float32)
+    centroids = fit(wide if basis is None else wide @ basis, num_cells, iterations)
+    return Cells(centroids, np.ones(num_cells, np.int64), basis=basis)
 
 
 def num_to_fit(num_cells: int, sample: int) -> int:
@@ -126,45 +176,38 @@ def plan_cells(
     count: int,
     thresholds: Thresholds,
     recall: float = 1.0,
-    frozen: npt.NDArray[np.float32] | None = None,
+    frozen: Cells | None = None,
 ) -> Plan:
     """The cheapest way to search `count` vectors that is expected to find the share `recall` of the pairs; 1 is exact, by proof.
 
-    `sample` float16 (n, D), drawn of them; `frozen` are the centroids of an earlier run, taken as they are where they are given. Those
-    that were fitted on the same sample give the plan that they were fitted for.
+    `sample` float16 (n, D), drawn of them; `frozen` are the cells of an earlier run, whose centroids are taken as they are where they are
+    given. Those that were fitted on the same sample give the plan that they were fitted for.
     """
     dimensions = sample.shape[1]
     if count <= BRUTE_FORCE_BELOW:
         return Plan(brute_force(count), BRUTE_FORCE, f"{count} images are few")
 
-    def cost(option: tuple[Estimate, Cells]) -> float:
+    def cost(option: _Option) -> float:
         return option[0].cost(count, dimensions)
 
     cosine = thresholds.cosine
-    tried: list[tuple[Estimate, Cells]] = []
-    centroids = frozen
-    if centroids is None and (rough := _rough_centroids(sample, count)):
-        # Vectors that centroids were fitted on are nearer to them than others, and visit fewer cells.
-        unseen = sample[-_ROUGH:] if len(sample) >= _ROUGH + _rough_points(len(rough[-1])) else sample
-        looks = [_Look(one, cosine, unseen, count) for one in rough]
-        tried = [look.estimated() for look in looks]
-        if recall < 1 and _telling_pays(min(looks, key=lambda look: cost(look.estimated())), recall, cost):
-            witnesses = _witnesses(unseen, cosine, recall, _ROUGH_AMONG)
-            told = [_told(look.router, witnesses, recall, roughly=True) or _ALL for look in looks]
-            tried += [look.estimated(one) for look, one in zip(looks, told, strict=True) if one.reach < 1]
-        best = min(tried, key=cost)[0].num_cells
-        centroids = fit(sample[: num_to_fit(best, len(sample))], best)
+    fitted, tried = frozen, list[_Option]()
+    if frozen is None and (sizes := _sizes(count, len(sample))):
+        fitted, tried = _cheapest(sample, count, cosine, recall, cost, sizes)
     options, no_less = [(BRUTE_FORCE, brute_force(count))], ""
-    if centroids is not None:
-        unseen = sample[num_to_fit(len(centroids), len(sample)) :]
-        look = _Look(centroids, cosine, unseen, count)
+    if fitted is not None:
+        unseen = sample[num_to_fit(len(fitted.centroids), len(sample)) :]
+        look = _Look(fitted, cosine, unseen[:_LOOKED], count)
         options.append(look.estimated())
         if recall < 1:
             less, no_less = _less(look, unseen, cosine, recall, cost)
             options += less
     estimate, cells = chosen = min(options, key=cost)
     others_tried = [str(other) for other, _ in options if other != estimate]
-    others_tried += [f"about {other}" for other, _ in tried if other.num_cells != len(cells.centroids)]
+    chosen_kind = estimate.num_cells, estimate.directions
+    others_tried += [
+        f"about {other}" for other, _ in tried if (other.num_cells, other.directions) != chosen_kind
+    ]
     why = (
         f"{cost(chosen) / cost(options[0]):.1%} of the cost of brute force, from a sample of {len(sample)};"
         f" beside it {'; '.join(others_tried)}{no_less}"
@@ -172,15 +215,43 @@ def plan_cells(
     return Plan(cells, estimate, why)
 
 
-def _rough_centroids(sample: npt.NDArray[np.float16], count: int) -> list[npt.NDArray[np.float32]]:
-    """Of each number of cells worth a look, the smallest first, good enough to tell which is the cheapest."""
-    return [
-        fit(sample[: _rough_points(size)], size, _ROUGH_ITERATIONS) for size in _sizes(count, len(sample))
-    ]
+def _cheapest(
+    sample: npt.NDArray[np.float16],
+    count: int,
+    cosine: float,
+    recall: float,
+    cost: _Cost,
+    sizes: Sequence[int],
+) -> tuple[Cells, list[_Option]]:
+    """Cells of the number, and in the directions, that rough ones tell to cost least; and those that were tried.
+
+    All directions are looked at for the number alone that is best in few.
+    """
+    # Vectors that centroids were fitted on are nearer to them than others, and visit fewer cells.
+    unseen = sample[-_ROUGH:] if len(sample) >= _ROUGH + _rough_points(sizes[-1]) else sample
+
+    def tried(sizes: Sequence[int], basis: npt.NDArray[np.float32] | None) -> list[_Option]:
+        cells = [fit_cells(sample[: _rough_points(size)], size, basis, _ROUGH_ITERATIONS) for size in sizes]
+        looks = [_Look(one, cosine, unseen, count) for one in cells]
+        options = [look.estimated() for look in looks]
+        cheapest = min(looks, key=lambda look: cost(look.estimated()))
+        if recall < 1 and _telling_pays(cheapest, recall, cost, sample.shape[1]):
+            witnesses = _witnesses(unseen, cosine, recall, _ROUGH_AMONG)
+            told = [_told(look.router, witnesses, recall, roughly=True) or _ALL for look in looks]
+            options += [look.estimated(one) for look, one in zip(looks, told, strict=True) if one.reach < 1]
+        return options
+
+    basis = directions_of(sample)
+    options = tried(sizes, basis)
+    if basis is not None:
+        options += tried([min(options, key=cost)[0].num_cells], None)
+    estimate, best = min(options, key=cost)
+    fitted = sample[: num_to_fit(estimate.num_cells, len(sample))]
+    return fit_cells(fitted, estimate.num_cells, best.basis), options
 
 
 def _rough_points(num_cells: int) -> int:
-    return max(_ROUGH, _ROUGH_POINTS * num_cells)
+    return max(_ROUGH_FITTED, _ROUGH_POINTS * num_cells)
 
 
 def _sizes(count: int, sample: int) -> list[int]:
@@ -211,23 +282,24 @@ _ALL, _NO_GUESTS = _Told(1.0, 1.0, ""), _Told(0.0, 0.0, "")
 
 
 class _Look:
-    """What a sample of `count` vectors does in the cells of some centroids."""
+    """What a sample of `count` vectors does in some cells."""
 
     def __init__(
         self,
-        centroids: npt.NDArray[np.float32],
+        cells: Cells,
         cosine: float,
         sample: npt.NDArray[np.float16],
         count: int,
     ) -> None:
-        self.router = Router(Cells(centroids, np.ones(len(centroids), np.int64)), cosine)
+        self.router = Router(cells._replace(reach=1.0), cosine)
         homes, _, self._visited, self._nearness = self.router.approach(sample)
-        self._residents = np.bincount(homes, minlength=len(centroids))
+        self._residents = np.bincount(homes, minlength=len(cells.centroids))
+        self._directions = 0 if cells.basis is None else cells.basis.shape[1]
         self._num = len(sample)
         parts = [_parts(size * count / len(sample)) for size in self._residents.tolist()]
-        self._cells = Cells(centroids, np.array(parts))
+        self._cells = cells._replace(parts=np.array(parts))
 
-    def estimated(self, told: _Told = _ALL) -> tuple[Estimate, Cells]:
+    def estimated(self, told: _Told = _ALL) -> _Option:
         """What a search in these cells costs, at all of the reach or as much as was told."""
         residents, num, num_cells = self._residents, self._num, len(self._residents)
         guests = np.bincount(self._visited[self._nearness <= told.reach], minlength=num_cells)
@@ -235,27 +307,24 @@ class _Look:
         compared = (residents * (residents - 1) + 2 * residents * guests).sum()
         share = float(compared) / max(1, num * (num - 1))
         copies = float(1 + guests.sum() / num)
-        estimate = Estimate(num_cells, told.reach, copies, share, told.recall, told.source)
+        estimate = Estimate(num_cells, told.reach, copies, share, told.recall, told.source, self._directions)
         return estimate, self._cells._replace(reach=told.reach)
 
 
-_Cost = Callable[[tuple[Estimate, Cells]], float]
-
-
-def _telling_pays(look: _Look, recall: float, cost: _Cost) -> bool:
+def _telling_pays(look: _Look, recall: float, cost: _Cost, dimensions: int) -> bool:
     """Whether what is saved without any guest is more than it takes to tell how many may be left out."""
     exact = look.estimated()
-    num_cells, dimensions = exact[1].centroids.shape
     pairs = _AMONG + _num_made(_AMONG, recall)
     saved = cost(exact) - cost(look.estimated(_NO_GUESTS))
-    return bool(saved > (_AMONG**2 + 2 * pairs * num_cells) * dimensions)
+    products = _AMONG**2 * dimensions + 2 * pairs * exact[0].finding(dimensions)
+    return bool(saved > _TELLING * products)
 
 
 def _less(
     look: _Look, unseen: npt.NDArray[np.float16], cosine: float, recall: float, cost: _Cost
-) -> tuple[list[tuple[Estimate, Cells]], str]:
+) -> tuple[list[_Option], str]:
     """The search of which a recall is told, if there is one that costs less than the exact one, and if not why."""
-    if not _telling_pays(look, recall, cost):
+    if not _telling_pays(look, recall, cost, unseen.shape[1]):
         return [], "; to tell the recall of less would cost more than less saves"
     told = _told(look.router, _witnesses(unseen, cosine, recall), recall)
     if told is None:

@@ -13,6 +13,7 @@ so it is exact in any order of summation.
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, Self
 
@@ -30,6 +31,7 @@ PRINT_ID_BYTES = 16
 PROPOSAL_MARGIN = 0.001
 """float32 products of unit float16 vectors are within 1e-4 of exact, and rounded to float16 within 5e-4; the exact score decides."""
 _BLOCK = 256
+_TILE_ROWS, _TILE_COLUMNS = 64, 512
 _MATCHED = 64
 """Where more than one of so many pairs of hashes is near, all their bits are written down instead of those pairs."""
 _NEVER = 2.0
@@ -152,29 +154,35 @@ def _octets(hashes: npt.NDArray[np.uint64]) -> Any:
 
 
 def within_bits(
-    ours: npt.NDArray[np.uint64], theirs: npt.NDArray[np.uint64], max_bits: int, num_known: int = 0
+    ours: npt.NDArray[np.uint64], theirs: npt.NDArray[np.uint64], max_bits: int
 ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.int32]]:
-    """uint64 (n,) and (m,) -> the flat places in n x m, ascending, of pairs that differ in at most so many bits, and how many those are.
+    """uint64 (n,) and (m,) -> pairs that differ in at most so many bits: their flat places in n x m, in any order, and the bits.
 
-    Counting such pairs takes a twentieth of the time of `differing_bits`: where they are the `num_known` that the caller knows of,
-    they are passed over.
+    How many of a tile are near is counted in a twentieth of the time that it takes to write down all their bits, and of most none is.
     """
-    count, none = np.zeros(1, np.uint64), (np.empty(0, np.intp), np.empty(0, np.int32))
-    sizes = len(ours), len(theirs), max_bits
-    if not all(sizes[:2]):
-        return none
-    octets = [_octets(np.ascontiguousarray(hashes)) for hashes in (ours, theirs)]
-    faiss.hamming_count_thres(*octets, *sizes, ours.itemsize, faiss.swig_ptr(count))  # type: ignore[attr-defined]
-    found = int(count[0])
-    if found <= num_known:
-        return none
-    if found * _MATCHED > len(ours) * len(theirs):
-        bits = differing_bits(ours, theirs).reshape(-1)
-        places = np.flatnonzero(bits <= max_bits)
-        return places, bits[places]
-    pairs, bits = np.empty((found, 2), np.int64), np.empty(found, np.int32)
-    faiss.match_hamming_thres(*octets, *sizes, ours.itemsize, faiss.swig_ptr(pairs), faiss.swig_ptr(bits))  # type: ignore[attr-defined]
-    return pairs[:, 0] * len(theirs) + pairs[:, 1], bits
+    ours, theirs = np.ascontiguousarray(ours), np.ascontiguousarray(theirs)
+    places, differing = [np.empty(0, np.intp)], [np.empty(0, np.int32)]
+    count = np.empty(1, np.uint64)
+    for row, column in itertools.product(
+        range(0, len(ours), _TILE_ROWS), range(0, len(theirs), _TILE_COLUMNS)
+    ):
+        some, others = ours[row : row + _TILE_ROWS], theirs[column : column + _TILE_COLUMNS]
+        tile = *map(_octets, (some, others)), len(some), len(others), max_bits, ours.itemsize
+        faiss.hamming_count_thres(*tile, faiss.swig_ptr(count))  # type: ignore[attr-defined]
+        near = int(count[0])
+        if not near:
+            continue
+        if near * _MATCHED > len(some) * len(others):
+            bits = differing_bits(some, others)
+            rows, columns = np.nonzero(bits <= max_bits)
+            bits = bits[rows, columns]
+        else:
+            pairs, bits = np.empty((near, 2), np.int64), np.empty(near, np.int32)
+            faiss.match_hamming_thres(*tile, faiss.swig_ptr(pairs), faiss.swig_ptr(bits))  # type: ignore[attr-defined]
+            rows, columns = pairs.T
+        places.append((row + rows) * len(theirs) + column + columns)
+        differing.append(bits)
+    return np.concatenate(places), np.concatenate(differing)
 
 
 def orientations(hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -104,12 +104,16 @@ class SearchRow(NamedTuple):
 
 
 class CellsRow(NamedTuple):
-    """Centroids that vectors are searched by: a key over the encoder -> little-endian float32 (K, D), fitted for so many images."""
+    """Centroids that vectors are searched by: a key over the encoder -> little-endian float32 (K, L), fitted for so many images.
+
+    `basis` float32 (D, L): the directions in which they are; empty where those are the vectors' own.
+    """
 
     key: bytes
     num_images: int
     num_cells: int
     centroids: bytes
+    basis: bytes
 
 
 class TagsRow(NamedTuple):

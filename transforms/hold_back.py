@@ -19,7 +19,7 @@ from apache_beam.transforms.userstate import (
 from apache_beam.transforms.window import GlobalWindows
 from apache_beam.typehints.decorators import no_annotations
 
-from embeddings.cells import Cells, Router, bands
+from embeddings.cells import Router, bands
 from embeddings.duplicates import signatures
 from embeddings.stream import (
     SNAPSHOT_TIME,
@@ -32,10 +32,9 @@ from embeddings.stream import (
     forget,
     hold_back,
 )
-from shards.ids import digest
-from shards.ledger import CellsRow, Segment, read_segment
+from shards.ledger import Segment
 from shards.records import EmbeddedImage
-from shards.storage import storage_of
+from transforms.route import cells_of, read_cells
 
 STAGE = "hold_back"
 _BAND_GROUPS = 64
@@ -81,20 +80,10 @@ def window_end_ms(window: Any) -> int:
 @functools.lru_cache(1)  # a runner may set a step up anew for each bundle
 def router_of(meeting: Meeting) -> Router | None:
     """To the cells that earlier runs were searched by, those of the most images; None where there are none."""
-    key = digest(["cells", meeting.encoder])
-    fitted = [
-        row
-        for segment in meeting.cells
-        for row in read_segment(storage_of(segment.root), segment.path, CellsRow)
-        if row.key == key and row.num_cells > 1
-    ]
+    fitted = [row for row in read_cells(meeting.cells, meeting.encoder) if row.num_cells > 1]
     if not fitted:
         return None
-    row = max(fitted)
-    centroids = np.frombuffer(row.centroids, "<f4").reshape(row.num_cells, -1)
-    return Router(
-        Cells(centroids, np.ones(row.num_cells, np.int64)), meeting.rule.duplicates.thresholds.cosine
-    )
+    return Router(cells_of(max(fitted)), meeting.rule.duplicates.thresholds.cosine)
 
 
 class _Route(beam.DoFn):

@@ -12,6 +12,7 @@ from apache_beam.typehints.decorators import no_annotations
 
 from embeddings.buckets import Buckets, Task
 from embeddings.cell_plan import MAX_SAMPLE, Plan, plan_cells
+from embeddings.cells import Cells
 from embeddings.duplicates import Group, Pairing, Preference, Print, Prints, ids_of, print_of
 from embeddings.forest import Components, Members, components
 from shards.ids import digest
@@ -91,6 +92,34 @@ class MakePrints(beam.DoFn):
         yield print_of(image, len(groups) - 1 if self._are_fixed else group, groups, self._search.prefer)
 
 
+def _cells_key(encoder: str) -> bytes:
+    return digest(["cells", encoder])
+
+
+def cells_row(encoder: str, num_images: int, cells: Cells) -> CellsRow:
+    """What the ledger keeps of cells that were fitted for so many images of an encoder."""
+    basis = b"" if cells.basis is None else cells.basis.astype("<f4").tobytes()
+    centroids = cells.centroids.astype("<f4").tobytes()
+    return CellsRow(_cells_key(encoder), num_images, len(cells.centroids), centroids, basis)
+
+
+def cells_of(row: CellsRow) -> Cells:
+    """Cells that a row keeps, of one part each."""
+    centroids = np.frombuffer(row.centroids, "<f4").reshape(row.num_cells, -1)
+    basis = np.frombuffer(row.basis, "<f4").reshape(-1, centroids.shape[1]) if row.basis else None
+    return Cells(centroids, np.ones(row.num_cells, np.int64), basis=basis)
+
+
+def read_cells(segments: Sequence[Segment], encoder: str) -> list[CellsRow]:
+    """The cells in some segments that were fitted on images of this encoder."""
+    return [
+        row
+        for segment in segments
+        for row in read_segment(storage_of(segment.root), segment.path, CellsRow)
+        if row.key == _cells_key(encoder)
+    ]
+
+
 class _PlanCells(beam.DoFn):
     def __init__(self, search: Search) -> None:
         self._search = search
@@ -100,22 +129,17 @@ class _PlanCells(beam.DoFn):
         vectors = np.frombuffer(b"".join(vector for _, vector in sample), "<f2").reshape(
             max(1, len(sample)), -1
         )
-        key = digest(["cells", search.encoder])
         fitted = [
             row
-            for segment in search.cells
-            for row in read_segment(storage_of(segment.root), segment.path, CellsRow)
-            if row.key == key and row.num_images <= _REFIT * count and count <= _REFIT * row.num_images
+            for row in read_cells(search.cells, search.encoder)
+            if row.num_images <= _REFIT * count and count <= _REFIT * row.num_images
         ]
-        frozen = None
-        if fitted and search.recall == 1:
-            row = min(fitted)
-            frozen = np.frombuffer(row.centroids, "<f4").reshape(row.num_cells, -1)
+        frozen = cells_of(min(fitted)) if fitted and search.recall == 1 else None
         plan = plan_cells(vectors, count, search.pairing.loosest, search.recall, frozen)
-        centroids = plan.cells.centroids
-        if not fitted and len(centroids) > 1:
-            row = CellsRow(key, count, len(centroids), centroids.astype("<f4").tobytes())
-            Ledger(search.to.storage, CellsRow).put([row], search.to.token)
+        if not fitted and len(plan.cells.centroids) > 1:
+            Ledger(search.to.storage, CellsRow).put(
+                [cells_row(search.encoder, count, plan.cells)], search.to.token
+            )
         yield plan
 
 

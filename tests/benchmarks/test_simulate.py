@@ -26,6 +26,7 @@ from benchmarks.simulate import (
     stages_of,
     widths_of,
 )
+from embeddings.cell_plan import BRUTE_FORCE
 from embeddings.cells import bands
 from embeddings.duplicates import DuplicateRule, Group, Pairing, ids_of
 from embeddings.forest import Members, find_forest
@@ -62,10 +63,13 @@ def test_widths_are_those_of_the_bands(phash_bits: int) -> None:
 
 
 def test_what_agrees_in_keys_of_several_bands() -> None:
+    def cost(images: float, widths: list[int]) -> float:
+        members, pairs, _, _ = band_work(images, widths)
+        return pairs * COSTS.band_pair + members * COSTS.band_member
+
     for images in (1e6, 1e8, 1e9, 1e10):
         widths = combined_bands(images, 8, COSTS.band_pair, COSTS.band_member)
-        built = widths_of(8)
-        assert band_work(images, widths)[1] <= band_work(images, built)[1]
+        assert cost(images, widths) <= cost(images, widths_of(8))
     # n bands, 8 of them spoiled: the others are a key, whichever they are.
     count, agreeing = next((n, n - 8) for n in range(9, 14) if len(widths) == len([*itertools.combinations(range(n), n - 8)]))  # fmt: skip
     assert {64 * agreeing // count} == set(widths)
@@ -87,11 +91,11 @@ def test_bills() -> None:
     load = Workload(1e8)
     stages = stages_of(load, COSTS, CURVE)
     for fleet in FLEETS:
-        day, week = (bill_of(load, stages, fleet, days) for days in (1, 7))
-        assert day and week and day.machines > week.machines and day.hours <= 24 and week.hours <= 168
+        soon, late = (bill_of(load, stages, fleet, days) for days in (0.5, 7))
+        assert soon and late and soon.machines > late.machines and soon.hours <= 12 and late.hours <= 168
         # The work is the same; machines round up.
-        assert day.usd == pytest.approx(week.usd)
-    cpu, l4, _ = (bill_of(load, stages, fleet, 1) for fleet in FLEETS)
+        assert soon.usd == pytest.approx(late.usd)
+    cpu, l4, _ = (bill_of(load, stages, fleet, 0.5) for fleet in FLEETS)
     assert cpu and l4 and cpu.machines > l4.machines and cpu.gpu_busy == 0 < l4.gpu_busy <= 1
     assert bill_of(load, stages, FLEETS[0], 1e-4) is None
 
@@ -106,12 +110,12 @@ def test_limits_are_where_they_are_met() -> None:
             assert (ratio >= 1) == gives_way, limit
 
 
-def test_measured_jobs_are_predicted() -> None:
+def test_what_was_measured_is_predicted() -> None:
     """Docs/scale.md says how well; here that a change of the model does not lose it."""
-    jobs = [row for row in error_rows(COSTS) if row[0].startswith("job") and not row[3]]
-    assert len(jobs) >= 3
-    for name, measured, predicted, _ in jobs:
-        assert abs(predicted / measured - 1) <= 0.25, name
+    rows = [row for row in error_rows(COSTS) if not row[3]]
+    assert len(rows) >= 10
+    for name, measured, predicted, _ in rows:
+        assert abs(predicted / measured - 1) <= 0.2, name
 
 
 def test_a_pilot_tells_what_cells_cost(tmp_path: Path) -> None:
@@ -120,8 +124,9 @@ def test_a_pilot_tells_what_cells_cost(tmp_path: Path) -> None:
     rows = [ImageRow(digest([n]), *nothing, vector.tobytes(), b"") for n, vector in enumerate(vectors)]
     Ledger(storage_of(str(tmp_path)), ImageRow).put(rows, "made")
     curve = pilot_curve(str(tmp_path))
-    assert curve.at(1).share == 1 and curve.at(64).copies > 1
-    assert curve.at(128).share < curve.at(64).share < 1
+    assert curve.at(1) == [BRUTE_FORCE]
+    few, more, most = (curve.at(size)[0] for size in (64, 128, 1000))
+    assert few.copies > 1 and most.share < more.share < few.share < 1
     with pytest.raises(SystemExit, match="4,000 or more"):
         pilot_curve(str(tmp_path / "none"))
 

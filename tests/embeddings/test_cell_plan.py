@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from embeddings.cell_plan import plan_cells
+from embeddings.cell_plan import directions_of, plan_cells
 from embeddings.cells import Router
 from embeddings.duplicates import Thresholds
 from tests.embeddings.oracle import unit
@@ -17,7 +17,7 @@ def test_plans() -> None:
     assert len(plan.cells.centroids) > 1 and plan.estimate.share < 0.5 and plan.estimate.recall == 1
     assert "brute force" in plan.why
     assert len(plan_cells(vectors, 60_000, wide).cells.centroids) == 1
-    again = plan_cells(vectors, 60_000, tight, frozen=plan.cells.centroids)
+    again = plan_cells(vectors, 60_000, tight, frozen=plan.cells)
     assert again.cells.name == plan.cells.name
     assert plan_cells(vectors, 200_000, wide).cells.parts.tolist() == [13]
     # As many cells as the sample bears, where the square root of the images is more.
@@ -26,15 +26,15 @@ def test_plans() -> None:
 
 def test_a_plan_for_less_than_all_pairs_searches_less_and_finds_as_many_as_it_says() -> None:
     vectors = unit(0, 8000, 32, 300, 0.15)
-    exact = plan_cells(vectors[:4000], 60_000, Thresholds(0.9, 8, 122))
-    nearly = plan_cells(vectors[:4000], 60_000, Thresholds(0.9, 8, 122), recall=0.9)
+    exact = plan_cells(vectors[:4000], 600_000, Thresholds(0.9, 8, 122))
+    nearly = plan_cells(vectors[:4000], 600_000, Thresholds(0.9, 8, 122), recall=0.9)
     assert nearly.estimate.reach < 1 and nearly.estimate.recall >= 0.9
-    assert nearly.estimate.cost(60_000, 32) < exact.estimate.cost(60_000, 32)
+    assert nearly.estimate.cost(600_000, 32) < exact.estimate.cost(600_000, 32)
     others = vectors[4000:].astype(np.float32)
     ours, theirs = np.triu(others @ others.T >= 0.9, 1).nonzero()
     needed = Router(nearly.cells._replace(reach=1.0), 0.9).needed(others[ours], others[theirs])
     assert 1 > (needed <= nearly.cells.reach).mean() >= nearly.estimate.recall
-    few = plan_cells(unit(0, 400, 32, 400, 1.0), 60_000, Thresholds(0.99, 8, 122), recall=0.99)
+    few = plan_cells(unit(0, 400, 32, 400, 1.0), 600_000, Thresholds(0.99, 8, 122), recall=0.99)
     assert few.estimate.reach == 1 and "too small" in few.why
 
 
@@ -65,9 +65,26 @@ def test_a_recall_is_that_of_true_pairs_where_cells_share_a_cluster(num: int, as
 def test_the_same_sample_and_its_centroids_give_the_same_plan(recall: float) -> None:
     sample, rule = templates(1, 100, 16_384), Thresholds(0.95, 8, 122)
     plan = plan_cells(sample, 65_536, rule, recall)
-    again = plan_cells(sample, 65_536, rule, recall, frozen=plan.cells.centroids)
+    again = plan_cells(sample, 65_536, rule, recall, frozen=plan.cells)
     assert (again.estimate, again.cells.name) == (plan.estimate, plan.cells.name)
     assert (again.cells.parts == plan.cells.parts).all()
+
+
+def test_cells_are_in_the_directions_that_hold_most() -> None:
+    rng = np.random.default_rng(4)
+    drawn = rng.normal(size=(9000, 128)) * np.repeat([1.0, 0.05], [20, 108])
+    turned = drawn @ np.linalg.qr(rng.normal(size=(128, 128)))[0]
+    vectors = (turned / np.linalg.norm(turned, axis=1, keepdims=True)).astype(np.float16)
+    basis = directions_of(vectors)
+    assert basis is not None and basis.shape[0] == 128 and 16 <= basis.shape[1] <= 20
+    np.testing.assert_allclose(basis.T @ basis, np.eye(basis.shape[1]), atol=1e-5)
+    assert ((vectors.astype(np.float32) @ basis) ** 2).sum() / len(vectors) > 0.83
+    plan = plan_cells(vectors, 1 << 20, Thresholds(0.95, 8, 122))
+    assert plan.estimate.directions == basis.shape[1] and f"in {basis.shape[1]} directions" in str(
+        plan.estimate
+    )
+    even = (rng.normal(size=(9000, 128)) / 11).astype(np.float16)
+    assert directions_of(even) is None, "half of all hold but half"
 
 
 def test_less_is_not_told_where_telling_costs_more_than_it_saves() -> None:

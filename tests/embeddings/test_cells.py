@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from embeddings.buckets import Buckets, find_near_duplicates
-from embeddings.cell_plan import brute_force, fit
+from embeddings.cell_plan import brute_force, fit, fit_cells
 from embeddings.cells import Cells, Router, bands
 from embeddings.duplicates import DuplicateRule, Group, Pairing, Prints, Thresholds, orientations
 from tests.embeddings.oracle import clustered, oracle, turned, unit
@@ -26,16 +26,28 @@ def some_cells(vectors: np.ndarray, count: int, parts: int = 1, reach: float = 1
     return Cells(fit(vectors, count), np.full(count, parts), reach)
 
 
+def some_directions(seed: int, dimensions: int, count: int) -> np.ndarray:
+    drawn = np.random.default_rng(seed).normal(size=(dimensions, count))
+    return np.linalg.qr(drawn)[0].astype(np.float32)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     st.integers(0, 10**6),
     st.sampled_from([4, 16, 64]),
     st.sampled_from([0.5, 0.85, 0.95, 0.99, 1.0]),
     st.floats(0, 1.5),
+    st.sampled_from([0, 1, 3]),
 )
-def test_every_pair_meets_in_a_home(seed: int, dimensions: int, cosine: float, spread: float) -> None:
+def test_every_pair_meets_in_a_home(
+    seed: int, dimensions: int, cosine: float, spread: float, directions: int
+) -> None:
     vectors = unit(seed, 200, dimensions, 20, spread)
     cells = some_cells(vectors, 12)
+    if directions:
+        basis = some_directions(seed, dimensions, directions)
+        cells = fit_cells(vectors, 12, basis)
+        assert cells.centroids.shape == (12, directions)
     rows, visited, home = Router(cells, cosine).route(vectors)
     assert sorted(rows[home]) == list(range(200))
     homes = np.empty(200, int)
@@ -87,16 +99,29 @@ def test_near_hashes_agree_in_a_band(max_bits: int) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 90), st.integers(1, 9), st.integers(1, 4), st.booleans())
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 90),
+    st.integers(1, 9),
+    st.integers(1, 4),
+    st.booleans(),
+    st.integers(1, 16),
+)
 def test_the_search_is_the_meaning_for_any_cells(
-    seed: int, count: int, num_cells: int, parts: int, alike: bool
+    seed: int, count: int, num_cells: int, parts: int, alike: bool, directions: int
 ) -> None:
     prints = clustered(seed, count, GROUPS, centres=2 if alike else 0)
     columns = Prints.of(prints)
     expected = oracle(prints, GROUPS)
     rng = np.random.default_rng(seed)
     centroids = columns.signatures.vectors[rng.integers(count, size=num_cells)].astype(np.float32)
-    for cells in (brute_force(count), Cells(centroids, rng.integers(1, parts + 1, num_cells))):
+    num_parts = rng.integers(1, parts + 1, num_cells)
+    basis = some_directions(seed, centroids.shape[1], directions)
+    for cells in (
+        brute_force(count),
+        Cells(centroids, num_parts),
+        Cells(centroids @ basis, num_parts, basis=basis),
+    ):
         shuffled = [prints[place] for place in rng.permutation(count)]
         found = find_near_duplicates(shuffled, Pairing(GROUPS), cells).verdicts
         assert {v.image_id: v.keeper_id for v in found} == expected
@@ -123,6 +148,7 @@ def test_hashes_of_centroids_name_cells() -> None:
     centroids = np.eye(3, dtype=np.float32)
     assert Cells(centroids, np.ones(3, int)).name == Cells(centroids.copy(), np.full(3, 2)).name
     assert Cells(centroids * 2, np.ones(3, int)).name != Cells(centroids, np.ones(3, int)).name
+    assert Cells(centroids, np.ones(3, int), basis=centroids).name != Cells(centroids, np.ones(3, int)).name
 
 
 @settings(max_examples=6, deadline=None)

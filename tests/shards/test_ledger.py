@@ -51,7 +51,7 @@ def image_row(n: int, numerics: str, embedding: bytes = b"\1\2") -> ImageRow:
 ROWS = {
     RefRow: ref_rows(7),
     ImageRow: [image_row(n, "cpu") for n in range(7)],
-    CellsRow: [CellsRow(digest(n), n, 1, bytes([n])) for n in range(7)],
+    CellsRow: [CellsRow(digest(n), n, 1, bytes([n]), b"") for n in range(7)],
     SearchRow: [SearchRow(digest(n), -n, bytes([n]), b"") for n in range(7)],
     CallRow: [CallRow(digest(n), digest(-n), f"é{n}", n, 1) for n in range(7)],
 }

@@ -11,13 +11,15 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.testing import test_stream
 from apache_beam.transforms.window import FixedWindows, TimestampedValue
 
+from embeddings.cells import Cells
 from embeddings.duplicates import DuplicateRule
 from embeddings.stream import CellState, HeldBack, StreamRule, empty_state, hold_back, strongest
-from shards.ids import digest, image_id_of
+from shards.ids import image_id_of
 from shards.ledger import CellsRow, Ledger
 from shards.records import EmbeddedImage, ImageFacts, MediaRef, Origin, SourceImage
 from shards.storage import storage_of
 from transforms.hold_back import Answer, HoldBack, Meeting, Visit, _arrivals
+from transforms.route import cells_row
 
 DIMENSION = 8
 WINDOW_S = 10
@@ -121,7 +123,7 @@ def test_windows_in_any_split_answer_as_one_batch(
     if with_cells:
         vectors = np.array([np.frombuffer(image.embedding, "<f2") for _, image in made[:5]], "<f4")
         ledger = Ledger(storage_of(str(tmp_path)), CellsRow)
-        ledger.put([CellsRow(digest(["cells", "an encoder"]), 90, 5, vectors.tobytes())], "t")
+        ledger.put([cells_row("an encoder", 90, Cells(vectors, np.ones(5, int)))], "t")
         meeting = meeting._replace(cells=tuple(ledger.segments()))
     wanted = expected(arrive, kept)
     assert 10 < sum(one is not None for one in wanted.values()) < 80
