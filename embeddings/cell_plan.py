@@ -48,6 +48,8 @@ _HELD = 0.85
 """Of the variance, what the directions of cells hold: with less guests become many, with more each one found costs more."""
 _DIRECTIONS_OF, _DIRECTIONS_AT = 4096, 64
 """Vectors that tell directions, and dimensions from which on there are any."""
+_MANY_COPIES = 2.0
+"""Cells that a vector visits, from which on fewer guests could be worth cells in all directions."""
 _UNSEEN = 3
 """Misses that a sample without one still allows, 19 times of 20."""
 
@@ -225,7 +227,7 @@ def _cheapest(
 ) -> tuple[Cells, list[_Option]]:
     """Cells of the number, and in the directions, that rough ones tell to cost least; and those that were tried.
 
-    All directions are looked at for the number alone that is best in few.
+    All directions are looked at for the number alone that is best in few, and where guests are many: they can save nothing else.
     """
     # Vectors that centroids were fitted on are nearer to them than others, and visit fewer cells.
     unseen = sample[-_ROUGH:] if len(sample) >= _ROUGH + _rough_points(sizes[-1]) else sample
@@ -243,8 +245,9 @@ def _cheapest(
 
     basis = directions_of(sample)
     options = tried(sizes, basis)
-    if basis is not None:
-        options += tried([min(options, key=cost)[0].num_cells], None)
+    cheapest, _ = min(options, key=cost)
+    if basis is not None and cheapest.copies > _MANY_COPIES:
+        options += tried([cheapest.num_cells], None)
     estimate, best = min(options, key=cost)
     fitted = sample[: num_to_fit(estimate.num_cells, len(sample))]
     return fit_cells(fitted, estimate.num_cells, best.basis), options

@@ -296,7 +296,7 @@ def test_runs_killed_at_random_moments(world: World, tmp_path: Path) -> None:
     while killed < wanted:
         killed += kill_some(world, tmp_path / f"out{seed}", seed, kills=3)
         seed += 1
-        assert seed < wanted
+        assert seed < 5 * wanted + 5  # a moment drawn after the end of a run kills nothing
 
 
 @pytest.mark.skipif(not FULL, reason="each takes half a minute: `make proof`")
