@@ -137,14 +137,20 @@ def write_snapshot(folder: Path, records: Iterable[Record], samples_per_shard: i
     )
 
 
+def _example(example: Any) -> Read:
+    return example.sample_id, example.images[0], example.conversation
+
+
 def _open_snapshot(folder: Path) -> Epoch:
     from shards.dataset import open_dataset
 
-    def read(dataset: Any, position: int) -> Read:
-        example = dataset[position]
-        return example.sample_id, example.images[0], example.conversation
+    return _by_index(open_dataset(str(folder)), lambda dataset, position: _example(dataset[position]))
 
-    return _by_index(open_dataset(str(folder)), read)
+
+def _open_snapshot_batched(folder: Path) -> Epoch:
+    from shards.dataset import open_dataset
+
+    return _by_batch(open_dataset(str(folder)), _example)
 
 
 # Hugging Face datasets: Arrow files, memory-mapped
@@ -294,6 +300,7 @@ OURS = "Shardmill"
 FULL = "full permutation"
 READERS = [
     Reader(OURS, f"{FULL}, CRC checked", write_snapshot, _open_snapshot),
+    Reader(f"{OURS}, `__getitems__`", f"{FULL}, CRC checked", write_snapshot, _open_snapshot_batched),
     Reader("HF datasets, `shuffle`", FULL, _write_arrow, _open_arrow_shuffled),
     Reader("HF datasets, `__getitems__`", FULL, _write_arrow, _open_arrow_batched),
     Reader("HF datasets, `ds[i]`", FULL, _write_arrow, _open_arrow_indexed),

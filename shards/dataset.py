@@ -1,13 +1,17 @@
 """A snapshot as a data set for training: conversation and pictures of any sample, at random, checked, with no Parquet in between."""
 
 import hashlib
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import orjson
 
 from shards.packs import PackReader
 from shards.records import Turn
 from shards.snapshot import open_snapshot
+
+_AT_A_TIME = 32
+"""Samples that are asked for at once where all are read in order."""
 
 
 class Example(NamedTuple):
@@ -35,11 +39,28 @@ class SampleDataset:
         """The sample at `position` in [0, len). Raises IndexError past the end, CorruptShard for damaged bytes."""
         document = self._conversations.read_rank(position)
         body = orjson.loads(document)
-        return Example(
-            hashlib.sha256(document).digest(),
-            [self._media.read(bytes.fromhex(image_id)) for image_id in body["images"]],
-            [Turn(turn["from"], turn["value"]) for turn in body["conversation"]],
-        )
+        return _example(document, body, [self._media.read(bytes.fromhex(name)) for name in body["images"]])
+
+    def __getitems__(self, positions: Sequence[int]) -> list[Example]:
+        """The samples at these positions, as torch's DataLoader asks for a batch: a disk or a bucket is asked for all at once."""
+        begun = [self._conversations.begin_rank(position) for position in positions]
+        documents = [take() for take in begun]
+        bodies = [orjson.loads(document) for document in documents]
+        pictures = [[self._media.begin(bytes.fromhex(name)) for name in body["images"]] for body in bodies]
+        return [
+            _example(document, body, [take() for take in images])
+            for document, body, images in zip(documents, bodies, pictures, strict=True)
+        ]
+
+    def __iter__(self) -> Iterator[Example]:
+        """All samples in order, some at a time."""
+        for first in range(0, len(self), _AT_A_TIME):
+            yield from self.__getitems__(range(first, min(first + _AT_A_TIME, len(self))))
+
+
+def _example(document: bytes, body: Any, images: list[bytes]) -> Example:
+    turns = [Turn(turn["from"], turn["value"]) for turn in body["conversation"]]
+    return Example(hashlib.sha256(document).digest(), images, turns)
 
 
 def open_dataset(path: str) -> SampleDataset:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import google.auth
 import pytest
@@ -362,6 +363,20 @@ def test_opening_and_reading_one_sample_takes_few_requests(gcs: LoopbackGcs, sto
     asked(gcs)
     assert dataset[1] == read[1]
     assert len(asked(gcs)) == 1 + len(read[1].images)
+
+
+def test_a_batch_asks_for_all_its_samples_at_once(gcs: LoopbackGcs, storage: Storage) -> None:
+    commit_first(storage.root)
+    dataset = open_dataset(storage.root)
+    expected = [dataset[position] for position in range(3)]
+    together, read_range = threading.Barrier(3), BucketStorage.read_range
+
+    def wait_for_others(self: BucketStorage, path: str, offset: int, length: int) -> bytes:
+        together.wait(timeout=20)
+        return read_range(self, path, offset, length)
+
+    with mock.patch.object(BucketStorage, "read_range", wait_for_others):
+        assert dataset.__getitems__(range(3)) == expected
 
 
 def test_one_client_serves_a_process_and_its_threads_and_a_fork_makes_its_own(

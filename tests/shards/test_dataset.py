@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from shards.dataset import open_dataset
-from shards.errors import BadRequest
+from shards.errors import BadRequest, CorruptShard
 from shards.ids import image_id_of
 from shards.records import Turn
 from tests.made_snapshots import a_sample, commit_made
@@ -39,6 +39,32 @@ def test_positions_count_from_both_ends_and_stop_there(tmp_path: Path) -> None:
     with pytest.raises(IndexError):
         dataset[len(dataset)]
     assert len(list(dataset)) == len(SAMPLES)
+
+
+def test_a_batch_is_its_samples_one_by_one(tmp_path: Path) -> None:
+    commit_made(tmp_path, PICTURES, SAMPLES, shards=3)
+    dataset = open_dataset(str(tmp_path))
+    positions = [4, 0, -1, 4, 2]
+    assert dataset.__getitems__(positions) == [dataset[position] for position in positions]
+    assert dataset.__getitems__([]) == []
+    assert list(dataset) == [dataset[position] for position in range(len(dataset))]
+    with pytest.raises(IndexError):
+        dataset.__getitems__([0, len(dataset)])
+
+
+def test_a_batch_names_a_damaged_or_missing_pack(tmp_path: Path) -> None:
+    commit_made(tmp_path, PICTURES, SAMPLES)
+    (pack,) = (tmp_path / "media").glob("*.tfrecord")
+    whole = pack.read_bytes()
+    pack.write_bytes(whole.replace(PICTURES[0], PICTURES[0][::-1]))
+    with pytest.raises(CorruptShard, match="data checksum differs"):
+        list(open_dataset(str(tmp_path)))
+    pack.write_bytes(whole[:20])
+    with pytest.raises(CorruptShard, match=pack.name):
+        list(open_dataset(str(tmp_path)))
+    pack.unlink()
+    with pytest.raises(CorruptShard, match="missing"):
+        list(open_dataset(str(tmp_path)))
 
 
 def test_torch_loads_it_with_worker_processes(tmp_path: Path) -> None:
