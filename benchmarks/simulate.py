@@ -29,9 +29,9 @@ from embeddings.cell_plan import (
     PART,
     Estimate,
     directions_of,
+    estimate_exact,
     fit_cells,
     num_to_fit,
-    plan_cells,
 )
 from embeddings.duplicates import DuplicateRule
 from shards.ledger import COMPACT_ROWS, FLUSH_ROWS, FLUSH_S, ImageRow, Ledger
@@ -150,7 +150,7 @@ def curve_of(sample: np.ndarray, told_by: str) -> Curve:
     for size in sizes:
         for directions in [basis, None][basis is None :]:
             cells = fit_cells(sample[: num_to_fit(size, len(sample))], size, directions)
-            told = plan_cells(sample, 10**12, rule, frozen=cells).estimate
+            told = estimate_exact(cells, sample, 10**12, rule)
             points.append((size, told.directions, round(told.copies - 1, 5), told.share))
     return Curve(points, told_by)
 

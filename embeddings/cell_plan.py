@@ -31,7 +31,7 @@ PART = 16_384
 """Residents of a cell that one worker compares at a time."""
 _ITERATIONS, _POINTS, _FITTED = 8, 64, 0.875
 """Of k-means, vectors a centroid that it is fitted on, and how much of a sample at most."""
-_ROUGH, _ROUGH_FITTED, _ROUGH_POINTS, _ROUGH_ITERATIONS = 4096, 2048, 4, 2
+_ROUGH, _ROUGH_FITTED, _ROUGH_POINTS, _ROUGH_ITERATIONS = 4096, 2048, 8, 2
 """Vectors that tell which number of cells is the cheapest; those that rough ones are fitted on, at least, and for a centroid; iterations."""
 _LOOKED = 8192
 """Vectors that tell what cells cost."""
@@ -48,8 +48,8 @@ _HELD = 0.85
 """Of the variance, what the directions of cells hold: with less guests become many, with more each one found costs more."""
 _DIRECTIONS_OF, _DIRECTIONS_AT = 4096, 64
 """Vectors that tell directions, and dimensions from which on there are any."""
-_MANY_COPIES = 2.0
-"""Cells that a vector visits, from which on fewer guests could be worth cells in all directions."""
+_FAR_FROM_IDEAL = 1.2
+"""Times the cost of even cells without guests, from which on cells in all directions may be worth a look."""
 _UNSEEN = 3
 """Misses that a sample without one still allows, 19 times of 20."""
 
@@ -135,7 +135,7 @@ def fit(
 
 
 def directions_of(sample: npt.NDArray[np.float16]) -> npt.NDArray[np.float32] | None:
-    """The principal directions of a sample that hold most of its variance, float32 (D, L); None where it takes half of all or more."""
+    """The principal directions of a sample that hold most of its variance, float32 (D, L); None where it takes more than half of all."""
     dimensions = sample.shape[1]
     if dimensions < _DIRECTIONS_AT:
         return None
@@ -198,7 +198,7 @@ def plan_cells(
         fitted, tried = _cheapest(sample, count, cosine, recall, cost, sizes)
     options, no_less = [(BRUTE_FORCE, brute_force(count))], ""
     if fitted is not None:
-        unseen = sample[num_to_fit(len(fitted.centroids), len(sample)) :]
+        unseen = _unseen_by(fitted, sample)
         look = _Look(fitted, cosine, unseen[:_LOOKED], count)
         options.append(look.estimated())
         if recall < 1:
@@ -217,6 +217,18 @@ def plan_cells(
     return Plan(cells, estimate, why)
 
 
+def estimate_exact(
+    cells: Cells, sample: npt.NDArray[np.float16], count: int, thresholds: Thresholds
+) -> Estimate:
+    """What an exact search of `count` vectors costs in cells that were fitted on the same sample of them."""
+    look = _Look(cells, thresholds.cosine, _unseen_by(cells, sample)[:_LOOKED], count)
+    return look.estimated()[0]
+
+
+def _unseen_by(cells: Cells, sample: npt.NDArray[np.float16]) -> npt.NDArray[np.float16]:
+    return sample[num_to_fit(len(cells.centroids), len(sample)) :]
+
+
 def _cheapest(
     sample: npt.NDArray[np.float16],
     count: int,
@@ -227,7 +239,7 @@ def _cheapest(
 ) -> tuple[Cells, list[_Option]]:
     """Cells of the number, and in the directions, that rough ones tell to cost least; and those that were tried.
 
-    All directions are looked at for the number alone that is best in few, and where guests are many: they can save nothing else.
+    All directions are looked at where few leave something to gain: fewer guests, or, where clusters lie in what is left out, evener cells.
     """
     # Vectors that centroids were fitted on are nearer to them than others, and visit fewer cells.
     unseen = sample[-_ROUGH:] if len(sample) >= _ROUGH + _rough_points(sizes[-1]) else sample
@@ -245,9 +257,9 @@ def _cheapest(
 
     basis = directions_of(sample)
     options = tried(sizes, basis)
-    cheapest, _ = min(options, key=cost)
-    if basis is not None and cheapest.copies > _MANY_COPIES:
-        options += tried([cheapest.num_cells], None)
+    ideal = min(Estimate(size, 1.0, 1.0, 1 / size, 1.0).cost(count, sample.shape[1]) for size in sizes)
+    if basis is not None and min(map(cost, options)) > _FAR_FROM_IDEAL * ideal:
+        options += tried(sizes, None)
     estimate, best = min(options, key=cost)
     fitted = sample[: num_to_fit(estimate.num_cells, len(sample))]
     return fit_cells(fitted, estimate.num_cells, best.basis), options

@@ -27,7 +27,7 @@ _SLACK = 1e-3
 """More than float32 rounds a distance to a bisector by."""
 _LEAST_APART = 0.01
 _ROUTED_AT_ONCE = 1 << 20
-"""Vectors times cells; their distances are 4 MB, which caches hold."""
+"""Vectors times cells or coordinates, whichever are more; their distances are 4 MB, which caches hold."""
 
 
 class Cells(NamedTuple):
@@ -82,10 +82,12 @@ class Router:
         self._centroids = torch.from_numpy(cells.centroids.T.copy())
         self._basis = None if cells.basis is None else torch.from_numpy(cells.basis.copy())
         self._less = torch.from_numpy(-squared.astype(np.float32) / 2)
+        dimensions = len(self._centroids) if self._basis is None else len(self._basis)
+        self._at_once = max(1, _ROUTED_AT_ONCE // max(len(apart), dimensions))
         self._reach = math.sqrt(max(0.0, 2 * _SQUARED_NORM - 2 * cosine)) / 2 + _SLACK
 
     def route(self, vectors: npt.NDArray[np.float16]) -> Visits:
-        """float16 (N, D) -> where they are at home and guests. Memory: linear in the visits, and 50 MB."""
+        """float16 (N, D) -> where they are at home and guests. Memory: linear in the visits, and 30 MB."""
         count = len(vectors)
         approach = self.approach(vectors)
         rows = np.concatenate([np.arange(count), approach.rows])
@@ -97,7 +99,7 @@ class Router:
         homes = np.zeros(count, np.intp)
         none = np.empty(0, np.float32)
         found = [(homes[:0], homes[:0], none)]
-        at_once = max(1, _ROUTED_AT_ONCE // num_cells)
+        at_once = self._at_once
         for start in range(0, count if num_cells > 1 else 0, at_once):
             block = slice(start, start + at_once)
             homes[block], rows, cells, reach = self._near(vectors[block])
@@ -110,7 +112,7 @@ class Router:
     ) -> npt.NDArray[np.float32]:
         """The reach at which each pair of rows meets in a cell, (N,)."""
         needed = [np.empty(0, np.float32)]
-        at_once = max(1, _ROUTED_AT_ONCE // len(self.cells.centroids))
+        at_once = self._at_once
         for start in range(0, len(ours), at_once):
             near_ours, near_theirs = (
                 self._nearness(side[start : start + at_once]) for side in (ours, theirs)
@@ -128,7 +130,7 @@ class Router:
         self, vectors: npt.NDArray[np.float16] | npt.NDArray[np.float32]
     ) -> npt.NDArray[np.float32]:
         """x.c - |c|^2 / 2, (N, K): the larger, the nearer each is to each centroid."""
-        # torch widens halves five times as fast as numpy, but takes no array that it may not write to.
+        # torch widens halves several times as fast as numpy, but takes no array that it may not write to.
         wide = torch.from_numpy(vectors.copy()).float()
         if self._basis is not None:
             wide = wide @ self._basis

@@ -150,7 +150,7 @@ class _Bounds:
 
     @functools.cached_property
     def _wide(self) -> npt.NDArray[np.float32]:
-        # Not by torch, though it widens ten times as fast: its threads and those of numpy's products wait for each other in spins.
+        # Not by torch, though it widens several times as fast: its threads and those of numpy's products wait for each other in spins.
         return self._vectors.astype(np.float32)
 
     @functools.cached_property

@@ -54,7 +54,8 @@ class Replicas:
         """The next attempt of `affinity`; whoever takes a replica tells how it went, with `answered` or `failed`.
 
         Nobody where all are dead, or the one that would be asked wants to be left alone: come back after `wait_s`. A call that failed
-        and is made `again` is no trial of a dead replica while another lives: its pauses grow as rests do, so it could meet trials alone.
+        and is made `again` is no trial of a dead replica while another may be asked: its pauses grow as rests do, so it could meet trials
+        alone.
         """
         now = self._clock()
         with self._lock:
@@ -62,7 +63,8 @@ class Replicas:
             if not living:
                 return Turn(-1, self._rest_s(now), all_dead=True)
             if again:
-                living = [index for index in living if not self._replicas[index].dead_until] or living
+                tried = [index for index in living if not self._replicas[index].dead_until]
+                living = [index for index in tried if self._paused_s(index, now) <= STAY_S] or living
             index = self._homes.get(affinity, -1) if affinity else -1
             if index not in living or self._paused_s(index, now) > STAY_S:
                 index = min(living, key=lambda index: self._load(index, now))

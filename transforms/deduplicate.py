@@ -155,7 +155,7 @@ class FindNearDuplicates(beam.PTransform):
     """{images, fixed} -> NearDuplicates. EmbeddedImages with distinct ids; `fixed` are kept images of other snapshots.
 
     Shuffled: prints, once for each bucket in which an image may meet a duplicate, and once more those that have one. In one worker meet
-    a sample of at most `embeddings.cells.MAX_SAMPLE` vectors, and 32 bytes of each edge of the buckets' forests; every worker holds 32
+    a sample of at most `embeddings.cell_plan.MAX_SAMPLE` vectors, and 32 bytes of each edge of the buckets' forests; every worker holds 32
     bytes of each image that has a duplicate.
     """
 

@@ -185,7 +185,7 @@ def batches() -> beam.BatchElements:
 
 @dataclass
 class RouteToBuckets(beam.PTransform):
-    """PCollection[Print] -> Routed. In one worker meets a sample of at most `embeddings.cells.MAX_SAMPLE` vectors. Shuffled: that sample."""
+    """PCollection[Print] -> Routed. In one worker meets a sample of at most `embeddings.cell_plan.MAX_SAMPLE` vectors. Shuffled: that sample."""
 
     search: Search
 

@@ -15,6 +15,7 @@ from benchmarks.simulate import (
     bill_of,
     combined_bands,
     compared_of,
+    curve_of,
     error_rows,
     first_limit,
     limits_of,
@@ -129,6 +130,13 @@ def test_a_pilot_tells_what_cells_cost(tmp_path: Path) -> None:
     assert few.copies > 1 and most.share < more.share < few.share < 1
     with pytest.raises(SystemExit, match="4,000 or more"):
         pilot_curve(str(tmp_path / "none"))
+
+
+def test_cells_that_save_nothing_are_told_as_they_are() -> None:
+    curve = curve_of(np.random.default_rng(0).normal(size=(4096, 96)).astype(np.float16) / 10, "noise")
+    few, more = (curve.at(size)[0] for size in (64, 256))
+    assert 16 < few.copies < more.copies < 64 and few.share == 1
+    assert curve.at(65_536)[0].copies <= 65_537
 
 
 def test_numbers_are_readable() -> None:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from embeddings import cell_plan
 from embeddings.cell_plan import directions_of, plan_cells
 from embeddings.cells import Router
 from embeddings.duplicates import Thresholds
@@ -21,7 +22,7 @@ def test_plans() -> None:
     assert again.cells.name == plan.cells.name
     assert plan_cells(vectors, 200_000, wide).cells.parts.tolist() == [13]
     # As many cells as the sample bears, where the square root of the images is more.
-    assert len(plan_cells(vectors, 10**9, tight).cells.centroids) == 1500
+    assert len(plan_cells(vectors, 10**9, tight).cells.centroids) == 750
 
 
 def test_a_plan_for_less_than_all_pairs_searches_less_and_finds_as_many_as_it_says() -> None:
@@ -79,12 +80,23 @@ def test_cells_are_in_the_directions_that_hold_most() -> None:
     assert basis is not None and basis.shape[0] == 128 and 16 <= basis.shape[1] <= 20
     np.testing.assert_allclose(basis.T @ basis, np.eye(basis.shape[1]), atol=1e-5)
     assert ((vectors.astype(np.float32) @ basis) ** 2).sum() / len(vectors) > 0.83
-    plan = plan_cells(vectors, 1 << 20, Thresholds(0.95, 8, 122))
+    plan = plan_cells(vectors, 1 << 20, Thresholds(0.999, 8, 122))
     assert plan.estimate.directions == basis.shape[1] and f"in {basis.shape[1]} directions" in str(
         plan.estimate
     )
     even = (rng.normal(size=(9000, 128)) / 11).astype(np.float16)
     assert directions_of(even) is None, "half of all hold but half"
+
+
+def test_directions_that_clusters_do_not_lie_in_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = unit(6, 8192, 256, 110, 0.02)
+    basis, tight = directions_of(vectors), Thresholds(0.98, 8, 122)
+    assert basis is not None and basis.shape[1] < 110
+    plan = plan_cells(vectors, 30_000, tight)
+    monkeypatch.setattr(cell_plan, "_FAR_FROM_IDEAL", 1e9)
+    in_few = plan_cells(vectors, 30_000, tight)
+    assert not plan.estimate.directions and in_few.estimate.directions
+    assert plan.estimate.cost(30_000, 256) < 0.9 * in_few.estimate.cost(30_000, 256)
 
 
 def test_less_is_not_told_where_telling_costs_more_than_it_saves() -> None:

@@ -99,6 +99,17 @@ def test_a_call_that_failed_is_no_trial_while_another_replica_lives() -> None:
     assert replicas.take(b"a", again=True).trial, "there is no other"
 
 
+def test_a_replica_that_asked_to_be_left_alone_is_none_that_a_retry_waits_for() -> None:
+    clock = Clock()
+    replicas = Replicas(2, clock)
+    for _ in range(DEAD_AFTER):
+        replicas.failed(replicas.take(b"a").replica, DEAD)
+    clock.sleep(FIRST_REST_S)
+    assert replicas.take(b"a", again=True).replica == 1
+    replicas.failed(1, BUSY)
+    assert replicas.take(b"a", again=True) == (0, 0.0, True, False)
+
+
 def test_all_dead_is_told_with_the_time_of_the_next_trial() -> None:
     clock = Clock()
     replicas = Replicas(2, clock)

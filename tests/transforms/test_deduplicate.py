@@ -58,6 +58,10 @@ def many_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cell_plan, "SENDING", 0)
     monkeypatch.setattr(cell_plan, "PART", 24)
     monkeypatch.setattr(cell_plan, "_OPENING", 0)
+    # In few directions, of 16.
+    monkeypatch.setattr(cell_plan, "_DIRECTIONS_AT", 8)
+    monkeypatch.setattr(cell_plan, "_HELD", 0.3)
+    monkeypatch.setattr(cell_plan, "_FAR_FROM_IDEAL", 1e9)
     monkeypatch.setattr(route, "_BATCH", 50)
     monkeypatch.setattr(deduplicate, "_WORTH_REMEMBERING", 1)
 
@@ -129,7 +133,7 @@ def test_the_pipeline_is_the_meaning(tmp_path: Path) -> None:
     fixed = images(3, 40, "other") + found[:3]
     verdicts, compared, said = run(search_in(tmp_path), found, fixed)
     assert keepers(verdicts) == meaning(found, fixed)
-    assert compared > 1000 and "cells, exact" in said
+    assert compared > 1000 and "cells in 3 directions, exact" in said
     codes = {verdict.code for verdict in verdicts.values()}
     assert codes == {"kept", "near_cosine", "near_phash", "against_cosine", "against_phash", "against_bytes"}
     assert [verdicts[one.image_id].code for one in found[:3]] == ["against_bytes"] * 3

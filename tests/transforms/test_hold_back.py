@@ -19,7 +19,7 @@ from shards.ledger import CellsRow, Ledger
 from shards.records import EmbeddedImage, ImageFacts, MediaRef, Origin, SourceImage
 from shards.storage import storage_of
 from transforms.hold_back import Answer, HoldBack, Meeting, Visit, _arrivals
-from transforms.route import cells_row
+from transforms.route import cells_of, cells_row
 
 DIMENSION = 8
 WINDOW_S = 10
@@ -113,17 +113,21 @@ def joined(answers: Sequence[Answer]) -> dict[bytes, HeldBack | None]:
     }
 
 
-@pytest.mark.parametrize("with_cells", [False, True])
+@pytest.mark.parametrize("directions", [None, 3, DIMENSION])
 def test_windows_in_any_split_answer_as_one_batch(
-    tmp_path: Path, made: list[tuple[int, EmbeddedImage]], with_cells: bool
+    tmp_path: Path, made: list[tuple[int, EmbeddedImage]], directions: int | None
 ) -> None:
     kept = [image for _, image in made[:6]]
     arrive = made[6:]
     meeting = Meeting(RULE, 0, "an encoder")
-    if with_cells:
+    if directions:
         vectors = np.array([np.frombuffer(image.embedding, "<f2") for _, image in made[:5]], "<f4")
         ledger = Ledger(storage_of(str(tmp_path)), CellsRow)
-        ledger.put([cells_row("an encoder", 90, Cells(vectors, np.ones(5, int)))], "t")
+        basis = np.linalg.qr(np.random.default_rng(1).normal(size=(DIMENSION, directions)))[0].astype("<f4")
+        cells = Cells(vectors @ basis, np.ones(5, int), basis=basis)
+        row = cells_row("an encoder", 90, cells)
+        assert cells_of(row).name == cells.name
+        ledger.put([row], "t")
         meeting = meeting._replace(cells=tuple(ledger.segments()))
     wanted = expected(arrive, kept)
     assert 10 < sum(one is not None for one in wanted.values()) < 80
