@@ -198,6 +198,7 @@ def test_a_dry_run_shows_all_and_sends_nothing(gcs, dataflow, write_config, phot
         ({"update": True}, [], "update: needs the job_name"),
         ({"update": True, "job_name": "mill"}, [], "Dataflow updates streaming jobs alone"),
         ({"accelerator": "t4", "dataflow_service_options": ["worker_accelerator=x"]}, [], "give one of them"),
+        ({"dataflow_service_options": ["a,b"]}, [], "dataflow_service_options: beam ends one at a comma"),
         ({}, ["--", "--s3_secret_access_key=x"], "--s3_secret_access_key: would be in the job"),
         ({}, ["--", "--machine_typ=x"], "--machine_typ=x: not an option of Beam"),
         (

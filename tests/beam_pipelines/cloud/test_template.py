@@ -6,13 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
 from apache_beam.portability.api import beam_runner_api_pb2 as protos
 from google.cloud import dataflow_v1beta3 as api
 
 from beam_pipelines.cli import run
+from beam_pipelines.cloud.dataflow import DataflowOptions
 from beam_pipelines.cloud.service import checked_spec
-from beam_pipelines.cloud.template import check_parameters, options_of, parameters, spec, spec_text
+from beam_pipelines.cloud.template import (
+    check_parameters,
+    launch_parameter,
+    options_of,
+    parameters,
+    spec,
+    spec_text,
+)
 from beam_pipelines.cloud.template_main import main, parted
 from beam_pipelines.curate_images import curate
 from beam_pipelines.options import CurateOptions, parse_options
@@ -22,6 +30,7 @@ from tests.beam_pipelines.conftest import IMAGE
 from tests.conftest import REPOSITORY
 
 OTHER = "us-docker.pkg.dev/p/r/other:2"
+GPU = "worker_accelerator=type:nvidia-l4;count:1;install-nvidia-driver"
 
 
 def test_the_specification_is_googles_message_and_the_golden_file() -> None:
@@ -69,6 +78,82 @@ def test_lists_are_json_or_one_value() -> None:
     options = options_of("curate", given | {"limit": "5", "geometric": "true", "tagger": "[ab]*.safetensors"})
     assert options.input == ["gs://b/x/", "gs://b/y/*.tar"] and options.filter == ["side >= 2"]
     assert (options.limit, options.geometric, options.tagger) == (5, True, ["[ab]*.safetensors"])
+
+
+def beams_service_options(*arguments: str) -> list[str] | None:
+    """What Beam makes of a launcher's arguments."""
+    _, _, beam_args = parted(arguments)
+    return PipelineOptions(beam_args).view_as(GoogleCloudOptions).dataflow_service_options
+
+
+def test_service_options_reach_beam_as_they_are_listed() -> None:
+    name = "--dataflow_service_options"
+    assert beams_service_options(f'{name}=["min_num_workers=2", "{GPU}"]') == ["min_num_workers=2", GPU]
+    assert beams_service_options(name, '["enable_prime"]') == ["enable_prime"]
+    assert beams_service_options(f"{name}={GPU}") == [GPU]
+    assert beams_service_options() is None
+    for wrong in ('["a,b"]', '["a"', "[1]"):
+        with pytest.raises(BadRequest, match="several are a JSON list"):
+            parted([f"{name}={wrong}"])
+
+
+@pytest.mark.parametrize(
+    ("block", "given", "merged"),
+    [
+        ({"accelerator": "nvidia-l4"}, "", [GPU]),
+        ({"accelerator": "nvidia-l4"}, "enable_prime", [GPU, "enable_prime"]),
+        ({"accelerator": "nvidia-l4"}, GPU, [GPU]),
+        ({"dataflow_service_options": ["a=1", "b"]}, '["b", "c=2"]', ["a=1", "b", "c=2"]),
+        ({"accelerator": "nvidia-l4", "accelerator_by": "hint"}, "enable_prime", ["enable_prime"]),
+        ({}, '["a=1", "a=2"]', ["a=1", "a=2"]),
+    ],
+)
+def test_service_options_of_block_and_parameter_go_together(
+    block: dict[str, Any], given: str, merged: list[str]
+) -> None:
+    asked = {"dataflow_service_options": given} if given else {}
+    launch = launch_parameter("curate", "again", "gs://bck/t.json", asked, DataflowOptions(**block))
+    text = launch["parameters"]["dataflow_service_options"]
+    assert beams_service_options(f"--dataflow_service_options={text}") == merged
+
+
+@pytest.mark.parametrize(
+    ("block", "given", "message"),
+    [
+        (
+            {"accelerator": "nvidia-l4"},
+            ["dataflow_service_options=worker_accelerator=type:t4"],
+            f"worker_accelerator=type:t4 contradicts {GPU} of the `dataflow:` block",
+        ),
+        (
+            {"dataflow_service_options": ["min_num_workers=2"]},
+            ['dataflow_service_options=["b", "min_num_workers=3"]'],
+            "min_num_workers=3 contradicts min_num_workers=2 of the `dataflow:` block",
+        ),
+        (
+            {"accelerator": "nvidia-l4", "accelerator_by": "hint"},
+            [f"dataflow_service_options={GPU}"],
+            "accelerator=nvidia-l4: goes not with the service option worker_accelerator=",
+        ),
+        (
+            {"accelerator": "nvidia-l4"},
+            ["accelerator=type:t4;count:1"],
+            "accelerator=type:t4;count:1: goes not with the service option worker_accelerator=",
+        ),
+        ({}, ["dataflow_service_options=a,b"], "several are a JSON list"),
+    ],
+)
+def test_service_options_that_contradict_are_refused_in_one_line(
+    gcs, dataflow, write_config, capfd, block: dict[str, Any], given: list[str], message: str
+) -> None:
+    template, out = f"gs://{gcs.bucket}/curate.json", f"gs://{gcs.bucket}/out"
+    asked = [f"input=gs://{gcs.bucket}/in", f"output={out}", "device=cuda", *given]
+    assert (
+        run(["template", "run", "curate", "--template", template, "--config", write_config(block), *asked])
+        == 2
+    )
+    (said,) = capfd.readouterr().err.strip().splitlines()
+    assert message in said and not dataflow.asked
 
 
 @pytest.mark.parametrize(
@@ -139,7 +224,7 @@ def test_a_template_is_built_shown_and_launched_again_with_other_options(
         "output": out,
         "cosine": "0.96",
         "device": "cuda",
-        "dataflow_service_options": "worker_accelerator=type:nvidia-l4;count:1;install-nvidia-driver",
+        "dataflow_service_options": GPU,
         "number_of_worker_harness_threads": "4",
     }
     environment = launch["environment"]
@@ -174,6 +259,7 @@ def test_the_launcher_submits_what_parameters_and_its_own_options_ask_for(
         f"--input=gs://{gcs.bucket}/photos/",
         f"--output=gs://{gcs.bucket}/out",
         "--geometric=true",
+        '--dataflow_service_options=["min_num_workers=2", "enable_prime"]',
         "--runner=DataflowRunner",
         "--project",
         "test-proj",
@@ -188,12 +274,13 @@ def test_the_launcher_submits_what_parameters_and_its_own_options_ask_for(
     ]
     job, given, beam_args = parted(arguments)
     assert job == "curate" and set(given) == {"config", "input", "output", "geometric"}
-    assert beam_args[:2] == ["--runner=DataflowRunner", "--project=test-proj"]
+    assert beam_args[2:4] == ["--runner=DataflowRunner", "--project=test-proj"]
     assert main(arguments) == 0
     assert "--of_a_newer_launcher=1: not an option of this Beam" in capfd.readouterr().err
     assert not dataflow.asked  # Dataflow's launcher takes the job from where it was told to leave it
     request: dict[str, Any] = json.loads(storage.read("launch/job_object"))
     assert request["name"] == "again"
+    assert request["environment"]["serviceOptions"] == ["min_num_workers=2", "enable_prime"]
     (path,) = (file.path for file in storage.walk("tmp") if file.path.endswith("/pipeline.pb"))
     names = {
         step.unique_name
