@@ -8,6 +8,8 @@ from pathlib import Path
 
 import yaml
 
+from beam_pipelines.cloud.jobs import JOBS
+
 REPOSITORY = Path(__file__).parent.parent
 CONTAINER = REPOSITORY / "container"
 DOCKERFILE = (CONTAINER / "Dockerfile").read_text()
@@ -52,10 +54,13 @@ def test_one_image_starts_workers_and_launches_templates() -> None:
         re.findall(r"^WORKDIR (\S+)$", DOCKERFILE, re.MULTILINE)[-1] == "/" and "PYTHONPATH" not in DOCKERFILE
     )
     build = yaml.safe_load((CONTAINER / "cloudbuild.yaml").read_text())
-    assert [step["args"][0] for step in build["steps"]] == ["build", "push", "template"]
+    assert [step["args"][0] for step in build["steps"]] == ["build", "push", "template", "template"]
+    built = {step["args"][2]: step["args"][-1] for step in build["steps"] if step["args"][0] == "template"}
+    assert built == {job: f"${{_TEMPLATES}}/{job}.json" for job in JOBS}
     assert build["images"] == ["${_IMAGE}"]
-    spec = json.loads((CONTAINER / "image_spec.json").read_text())
-    assert spec["image"] == spec["defaultEnvironment"]["sdkContainerImage"]
+    for name in ("image_spec.json", "stream_spec.json"):
+        spec = json.loads((CONTAINER / name).read_text())
+        assert spec["image"] == spec["defaultEnvironment"]["sdkContainerImage"]
 
 
 def test_what_the_image_copies_is_not_shut_out() -> None:

@@ -271,6 +271,9 @@ def launch_parameter(
 def check_parameters(job: str, given: Mapping[str, str]) -> Any:
     """The options that parameters make, found good. Raises BadRequest for one that the template has not, or that is not allowed."""
     known = parameters(job)
+    given = {"job": job, **given}
+    if given["job"] != job:
+        raise BadRequest(f"job={given['job']}: the template is that of {job}")
     for name, text in given.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
