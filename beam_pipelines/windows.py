@@ -217,7 +217,7 @@ class _Write(beam.DoFn):
 
     def process(
         self,
-        keyed: tuple[int, tuple[int, Any]],
+        keyed: tuple[int, tuple[int, TaggedImage | Answer | Decision | DeadLetter | bytes]],
         waiting: Any = beam.DoFn.StateParam(WAITING),
         snapshot: Any = beam.DoFn.StateParam(SNAPSHOT),
         close: Any = beam.DoFn.TimerParam(CLOSE),

@@ -5,18 +5,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import yaml
+
+from beam_pipelines.cloud.jobs import JOBS
+from container import check_pins
+from container.check_pins import differences, pinned, resolved
 
 REPOSITORY = Path(__file__).parent.parent
 CONTAINER = REPOSITORY / "container"
 DOCKERFILE = (CONTAINER / "Dockerfile").read_text()
-
-
-def pins(path: Path) -> dict[str, str]:
-    lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
-    pairs = (line.split("==") for line in lines if line)
-    return {name.lower().replace("_", "-"): version for name, version in pairs}
 
 
 def test_hadolint_finds_nothing() -> None:
@@ -26,7 +26,7 @@ def test_hadolint_finds_nothing() -> None:
 
 
 def test_the_image_has_the_versions_that_are_tested() -> None:
-    tested, image = pins(REPOSITORY / "constraints.txt"), pins(CONTAINER / "constraints.txt")
+    tested, image = (pinned((folder / "constraints.txt").read_text()) for folder in (REPOSITORY, CONTAINER))
     differing = {
         name: (tested[name], image[name]) for name in tested.keys() & image if tested[name] != image[name]
     }
@@ -52,10 +52,13 @@ def test_one_image_starts_workers_and_launches_templates() -> None:
         re.findall(r"^WORKDIR (\S+)$", DOCKERFILE, re.MULTILINE)[-1] == "/" and "PYTHONPATH" not in DOCKERFILE
     )
     build = yaml.safe_load((CONTAINER / "cloudbuild.yaml").read_text())
-    assert [step["args"][0] for step in build["steps"]] == ["build", "push", "template"]
+    assert [step["args"][0] for step in build["steps"]] == ["build", "push", "template", "template"]
+    built = {step["args"][2]: step["args"][-1] for step in build["steps"] if step["args"][0] == "template"}
+    assert built == {job: f"${{_TEMPLATES}}/{job}.json" for job in JOBS}
     assert build["images"] == ["${_IMAGE}"]
-    spec = json.loads((CONTAINER / "image_spec.json").read_text())
-    assert spec["image"] == spec["defaultEnvironment"]["sdkContainerImage"]
+    for name in ("image_spec.json", "stream_spec.json"):
+        spec = json.loads((CONTAINER / name).read_text())
+        assert spec["image"] == spec["defaultEnvironment"]["sdkContainerImage"]
 
 
 def test_what_the_image_copies_is_not_shut_out() -> None:
@@ -63,3 +66,42 @@ def test_what_the_image_copies_is_not_shut_out() -> None:
     for path in re.findall(r"^COPY (?!--)(.+) \S+$", DOCKERFILE, re.MULTILINE):
         for one in path.split():
             assert (REPOSITORY / one).exists() and one.split("/")[0] not in ignored
+
+
+def report(**versions: str) -> dict[str, Any]:
+    """What pip says it would install."""
+    return {"install": [{"metadata": {"name": name, "version": pin}} for name, pin in versions.items()]}
+
+
+def test_a_pin_that_pip_does_not_resolve_to_is_named() -> None:
+    pins = pinned("# Made by hand.\nfaiss-cpu==1.15.1\nPyYAML==6.0.3\n")
+    assert not differences(pins, resolved(report(faiss_cpu="1.15.1", pyyaml="6.0.3")))
+    assert differences(pins, resolved(report(faiss_cpu="1.15.0", attrs="26.1.0"))) == [
+        "attrs: pinned not at all, resolved 26.1.0",
+        "faiss-cpu: pinned 1.15.1, resolved 1.15.0",
+        "pyyaml: pinned 6.0.3, resolved not at all",
+    ]
+
+
+def test_pip_is_asked_for_the_images_files_and_nothing_is_installed(monkeypatch, capsys) -> None:
+    asked: list[list[str]] = []
+    says: dict[str, Any] = report(**pinned((CONTAINER / "constraints.txt").read_text()))
+
+    def pip(command: list[str]) -> SimpleNamespace:
+        asked.append(command)
+        Path(command[command.index("--report") + 1]).write_text(json.dumps(says))
+        return SimpleNamespace(returncode=code)
+
+    monkeypatch.setattr(check_pins.subprocess, "run", pip)
+    monkeypatch.setattr(check_pins, "PYTHON", sys.version_info[:2])
+    code = 0
+    assert check_pins.main() == 0
+    assert " pins of container/constraints.txt." in capsys.readouterr().out
+    assert {"--dry-run", "--ignore-installed", str(CONTAINER / "requirements.txt")} <= {*asked[0]}
+    says["install"].pop()
+    assert check_pins.main() == 1 and "resolved not at all" in capsys.readouterr().err
+    code = 3
+    assert check_pins.main() == 3
+    monkeypatch.setattr(check_pins, "PYTHON", (3, 1))
+    assert check_pins.main() == 2 and "The image has Python 3.1, this is" in capsys.readouterr().out
+    assert len(asked) == 3

@@ -239,4 +239,5 @@ def template_run(
         print(request)
         return
     print(f"launched {job_id} ({name})\nwatch:  {console_link(project, region, job_id)}")
-    print(f"cancel: shardmill submit cancel {job_id} --project {project} --region {region}")
+    for word in ("drain", "cancel") if JOBS[job].streaming else ("cancel",):
+        print(f"{f'{word}:':<7} shardmill submit {word} {job_id} --project {project} --region {region}")

@@ -124,6 +124,8 @@ class DataflowOptions(BaseModel):
             raise ValueError("transform_name_mapping: goes with update: true")
         if self.accelerator and any("worker_accelerator=" in text for text in self.dataflow_service_options):
             raise ValueError("accelerator and a service option worker_accelerator: give one of them")
+        if any("," in text for text in self.dataflow_service_options):
+            raise ValueError("dataflow_service_options: Beam ends one at a comma; give a line each")
         if self.accelerator and self.flexrs_goal:
             raise ValueError("flexrs_goal: such workers have no GPUs; leave out accelerator")
         return self

@@ -186,10 +186,46 @@ def _list_of(text: str) -> list[str]:
     return [text] if text else []
 
 
+def service_options(text: str) -> list[str]:
+    """The service options that a parameter gives: JSON, or one. Raises BadRequest for one with a comma, where Beam ends an option."""
+    options = _list_of(text)
+    for option in options:
+        if "," in option or option.startswith("["):
+            raise BadRequest(
+                f'dataflow_service_options={text}: several are a JSON list, as ["A=1", "B"], and none has a comma, where Beam ends one'
+            )
+    return options
+
+
+def _merged(block: DataflowOptions, given: Mapping[str, str]) -> list[str]:
+    """Service options of the block, its GPU among them, then those of the parameter. Raises BadRequest where the two contradict."""
+    standing, asked = (
+        list(block.dataflow_service_options),
+        service_options(given.get("dataflow_service_options", "")),
+    )
+    if block.accelerator and block.accelerator_by == "service_option":
+        standing.append(f"worker_accelerator={block.accelerator_text}")
+    values = {option.partition("=")[0]: option for option in standing}
+    for option in asked:
+        if (other := values.get(option.partition("=")[0], option)) != option:
+            raise BadRequest(
+                f"dataflow_service_options: {option} contradicts {other} of the `dataflow:` block: leave out one of them"
+            )
+    merged = list(dict.fromkeys([*standing, *asked]))
+    by_hint = given.get("accelerator") or (block.accelerator if block.accelerator_by == "hint" else "")
+    by_service = [option for option in merged if option.startswith("worker_accelerator=")]
+    if by_hint and by_service:
+        raise BadRequest(
+            f"accelerator={by_hint}: goes not with the service option {by_service[0]}, which gives every worker one: leave out one of"
+            " them"
+        )
+    return merged
+
+
 def launch_parameter(
     job: str, name: str, template: str, given: Mapping[str, str], block: DataflowOptions
 ) -> dict[str, Any]:
-    """What flexTemplates:launch is asked, from the parameters and the `dataflow:` block."""
+    """What flexTemplates:launch is asked, from the parameters and the `dataflow:` block. Raises BadRequest where they contradict."""
     environment: dict[str, Any] = {
         "num_workers": block.num_workers,
         "max_workers": block.max_num_workers,
@@ -214,13 +250,10 @@ def launch_parameter(
     if block.use_public_ips is not None:
         environment["ip_configuration"] = "WORKER_IP_PUBLIC" if block.use_public_ips else "WORKER_IP_PRIVATE"
     passed = {"job": job, **given}
-    service = list(block.dataflow_service_options)
-    if block.accelerator and block.accelerator_by == "service_option":
-        service.append(f"worker_accelerator={block.accelerator_text}")
-    elif block.accelerator:
+    if service := _merged(block, given):
+        passed["dataflow_service_options"] = json.dumps(service) if len(service) > 1 else service[0]
+    if block.accelerator and block.accelerator_by == "hint":
         passed.setdefault("accelerator", block.accelerator_text)
-    if service:
-        passed.setdefault("dataflow_service_options", ",".join(service))
     if block.number_of_worker_harness_threads:
         passed.setdefault("number_of_worker_harness_threads", str(block.number_of_worker_harness_threads))
     if block.disk_type:
@@ -238,6 +271,9 @@ def launch_parameter(
 def check_parameters(job: str, given: Mapping[str, str]) -> Any:
     """The options that parameters make, found good. Raises BadRequest for one that the template has not, or that is not allowed."""
     known = parameters(job)
+    given = {"job": job, **given}
+    if given["job"] != job:
+        raise BadRequest(f"job={given['job']}: the template is that of {job}")
     for name, text in given.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from beam_pipelines.cloud.jobs import JOBS
-from beam_pipelines.cloud.template import DEFAULT_JOB, options_of
+from beam_pipelines.cloud.template import DEFAULT_JOB, options_of, service_options
 from shards.errors import BadRequest, ShardmillError
 
 
@@ -26,8 +26,15 @@ def parted(arguments: Sequence[str]) -> tuple[str, dict[str, str], list[str]]:
     if job not in JOBS:
         raise BadRequest(f"job={job}: no such job; {', '.join(JOBS)}")
     own = {"job", "config", *JOBS[job].options.model_fields}
-    beam = [word for (name, _, _), word in parts if name not in own]
+    beam = [one for (name, _, value), word in parts if name not in own for one in _beams(name, value, word)]
     return job, {name: value for name, value in given.items() if name in own - {"job"}}, beam
+
+
+def _beams(name: str, value: str, word: str) -> list[str]:
+    """A flag as Beam reads it: what is a JSON list is a flag each, since Beam splits a text at its commas."""
+    if name == "dataflow_service_options" and value.startswith("["):
+        return [f"--{name}={option}" for option in service_options(value)]
+    return [word]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,17 +6,20 @@ A streaming job that is updated hands its state on to the step of the same name,
 import difflib
 import functools
 import hashlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import apache_beam as beam
 import numpy as np
 import pytest
 from apache_beam import coders
+from apache_beam.internal import pickler
 from apache_beam.portability.api import beam_runner_api_pb2 as protos
 from apache_beam.portability.api import schema_pb2
-from apache_beam.transforms.userstate import CombiningValueStateSpec
+from apache_beam.transforms.userstate import BagStateSpec, CombiningValueStateSpec, ReadModifyWriteStateSpec
 
 from beam_pipelines import stream_images
 from beam_pipelines.curate_images import build
@@ -42,6 +45,7 @@ What that does to a running job that is updated (`shardmill submit ... update: t
     `transform_name_mapping: {{OLD: NEW}}` in the `dataflow:` block says what it is called now;
   - another coder: the update is refused: what is in flight cannot be read. Drain the job, and start a new one;
   - another state: as another coder, for that step;
+  - another record in a state: what is held cannot be read, unless its last field is new and has a default;
   - a new step: nothing.
 Batch jobs are never updated; a run that was killed goes on from the ledger whatever its steps are called.
 If the change is meant, say so in CHANGELOG.md with the mapping that an update needs, and write the file anew:
@@ -55,6 +59,8 @@ class Namer:
         self._parts, self._known = parts, dict[str, str]()
         self.rows: dict[str, str] = {}
         """Fields of rows, by what stands for them."""
+        self.held: dict[str, str] = {}
+        """Modules and fields of the records that bags hold pickled: a pickle has module, name, and the values in this order."""
 
     def coder(self, coder_id: str) -> str:
         if coder_id not in self._known:
@@ -119,9 +125,35 @@ class Namer:
                 for field in ("key_coder_id", "value_coder_id", "element_coder_id", "accumulator_coder_id")
                 if getattr(spec, field, "")
             ]
-            yield f"state {name}: {kind.removesuffix('_spec')} {', '.join(held)}"
+            if kind == "read_modify_write_spec":
+                held = [f"value {self.coder(spec.coder_id)}"]
+            if kind == "bag_spec" and held == ["element FastPrimitivesCoder"]:
+                held += filter(None, [self._records(payload)])
+            yield f"state {name}: {kind.removesuffix('_spec')} {' of '.join(held)}"
         for name, timer in sorted(payload.timer_family_specs.items()):
             yield f"timer {name}: {protos.TimeDomain.Enum.Name(timer.time_domain).lower()}"
+
+    def _records(self, payload: protos.ParDoPayload) -> str:
+        """The records that a step may keep of what comes to it, by what its `process` says it takes; their fields go to `held`."""
+        process = type(pickler.loads(payload.do_fn.payload)[0]).process
+        taken = [kind for name, kind in get_type_hints(process).items() if name == "keyed"]
+        return ",".join(sorted({name for kind in taken for name in self._hold(kind)}))
+
+    def _hold(self, kind: Any) -> list[str]:
+        """The names of the records in a type, once those and all that they are made of are noted."""
+        if not hasattr(kind, "_fields"):
+            return [name for inner in get_args(kind) for name in self._hold(inner)]
+        if kind.__name__ not in self.held:
+            hints = get_type_hints(kind)
+            fields = ",".join(f"{field}:{_plain(hints[field])}" for field in kind._fields)
+            self.held[kind.__name__] = f"{kind.__module__} {fields}"
+            for hint in hints.values():
+                self._hold(hint)
+        return [kind.__name__]
+
+
+def _plain(kind: Any) -> str:
+    return kind.__name__ if type(kind) is type else re.sub(r"[A-Za-z_.]+\.", "", str(kind))
 
 
 def identity_of(pipeline: protos.Pipeline) -> str:
@@ -140,7 +172,8 @@ def identity_of(pipeline: protos.Pipeline) -> str:
         lines += [f"  {line}" for line in namer.states(step)]
         paragraphs.append("\n".join(lines))
     rows = [f"{name} = {fields}" for name, fields in sorted(namer.rows.items())]
-    return "\n".join([*sorted(paragraphs), *rows]) + "\n"
+    held = [f"{name} = {fields}" for name, fields in sorted(namer.held.items())]
+    return "\n".join([*sorted(paragraphs), *rows, *held]) + "\n"
 
 
 def graph_of(job: Job, model: Encoder) -> protos.Pipeline:
@@ -252,21 +285,52 @@ def test_a_change_is_explained() -> None:
     assert "python -m tests.beam_pipelines.test_identity" in said and not complaint("", golden, golden)
 
 
+class _Place(NamedTuple):
+    row: int
+    column: int
+
+
+class _Piece(NamedTuple):
+    place: _Place
+    names: list[str]
+
+
 SEEN = CombiningValueStateSpec("seen", sum)
+LAST = ReadModifyWriteStateSpec("last", coders.BytesCoder())
+WAITING = BagStateSpec("waiting", coders.FastPrimitivesCoder())
 
 
 class _Counting(beam.DoFn):
-    def process(self, keyed, seen=beam.DoFn.StateParam(SEEN)):
+    def process(
+        self,
+        keyed: tuple[bytes, tuple[int, _Piece]],
+        seen: Any = beam.DoFn.StateParam(SEEN),
+        last: Any = beam.DoFn.StateParam(LAST),
+        waiting: Any = beam.DoFn.StateParam(WAITING),
+    ) -> Iterator[int]:
         seen.add(1)
         yield seen.read()
 
 
-def test_a_state_is_part_of_a_steps_identity() -> None:
+def test_a_state_is_part_of_a_steps_identity_with_the_records_that_it_holds() -> None:
     """The main job has none; a job that has is held by the same words."""
     pipeline = beam.Pipeline(runner="FnApiRunner")
-    keyed = beam.Map(lambda keyed: keyed).with_output_types(tuple[bytes, int])
-    pipeline | beam.Create([(b"a", 1)]) | "Keyed" >> keyed | "Count" >> beam.ParDo(_Counting())
-    assert "state seen: combining accumulator" in identity_of(pipeline.to_runner_api())
+    keyed = beam.Map(lambda keyed: keyed).with_output_types(beam.typehints.Tuple[bytes, Any])
+    elements = pipeline | beam.Create([(b"a", (1, _Piece(_Place(1, 2), [])))])
+    elements | "Keyed" >> keyed | "Count" >> beam.ParDo(_Counting())
+    lines = [line.strip() for line in identity_of(pipeline.to_runner_api()).splitlines()]
+    assert {
+        "state seen: combining accumulator FastPrimitivesCoder",
+        "state last: read_modify_write value bytes",
+        "state waiting: bag element FastPrimitivesCoder of _Piece",
+        f"_Piece = {__name__} place:_Place,names:list[str]",
+        f"_Place = {__name__} row:int,column:int",
+    } <= {*lines}
+
+
+def test_every_state_of_the_stream_says_how_its_bytes_are_read() -> None:
+    states = re.findall(r"^  state .*$", (GOLDEN / "stream.txt").read_text(), re.MULTILINE)
+    assert states and not [line for line in states if not re.search(r"(value|element|accumulator) \w+", line)]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """Jobs handed to Dataflow: the request and the graph as a recording server and a Cloud Storage on the loopback got them."""
 
+import io
 import json
 import re
 import shlex
+import shutil
 import sys
+import tarfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +34,7 @@ from embeddings.encoder import EncoderSpec, load_encoder
 from shards.errors import BadRequest, RunFailed
 from shards.storage import storage_of
 from tests.beam_pipelines.conftest import IMAGE
+from tests.conftest import REPOSITORY
 from tests.graphs import payloads_of
 from tests.loopback_gcs import LoopbackGcs
 from tests.scripted_vlm import scripted_server
@@ -124,6 +128,44 @@ def test_curate_is_submitted_and_left(gcs, dataflow, write_config, photos, capfd
     assert again == job
 
 
+def test_a_setup_file_sends_this_code_and_what_lies_in_it(
+    gcs, dataflow, write_config, photos, tmp_path: Path
+) -> None:
+    # Of a copy, since setuptools leaves notes beside what it packs.
+    checkout = tmp_path / "checkout"
+    for room in {path.parent.name for path in REPOSITORY.glob("*/__init__.py")} - {"benchmarks"}:
+        shutil.copytree(REPOSITORY / room, checkout / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(REPOSITORY / name, checkout)
+    here = {
+        str(path.relative_to(checkout)): path.read_bytes() for path in checkout.rglob("*") if path.is_file()
+    }
+    config = write_config({"setup_file": str(checkout / "setup.py")})
+    out = f"gs://{gcs.bucket}/out"
+    assert run(["submit", "curate", "--config", config, "--input", photos, "--output", out]) == 0
+
+    graph, files = staged(gcs)
+    (path,) = (path for path in files if not path.endswith("/pipeline.pb"))
+    assert path.endswith("/workflow.tar.gz")  # what Beam's boot on a worker looks for and installs
+    wanted = [
+        protos.ArtifactFilePayload.FromString(one.type_payload).path
+        for environment in graph.components.environments.values()
+        for one in environment.dependencies
+    ]
+    assert wanted and {one.rpartition("/")[2] for one in wanted} == {"workflow.tar.gz"}
+
+    with tarfile.open(fileobj=io.BytesIO(files[path])) as sdist:
+        packed = {
+            member.name.partition("/")[2]: sdist.extractfile(member).read()
+            for member in sdist
+            if member.isfile()
+        }
+    assert {name: packed.get(name) for name in here} == here
+    assert {name.split("/")[0] for name in packed} - {"PKG-INFO", "setup.cfg", "shardmill.egg-info"} == {
+        name.split("/")[0] for name in here
+    }
+
+
 def test_a_key_stays_where_it_is_and_hints_mark_the_steps_of_models(
     gcs, dataflow, write_config, photos, capfd, monkeypatch
 ) -> None:
@@ -198,6 +240,7 @@ def test_a_dry_run_shows_all_and_sends_nothing(gcs, dataflow, write_config, phot
         ({"update": True}, [], "update: needs the job_name"),
         ({"update": True, "job_name": "mill"}, [], "Dataflow updates streaming jobs alone"),
         ({"accelerator": "t4", "dataflow_service_options": ["worker_accelerator=x"]}, [], "give one of them"),
+        ({"dataflow_service_options": ["a,b"]}, [], "dataflow_service_options: beam ends one at a comma"),
         ({}, ["--", "--s3_secret_access_key=x"], "--s3_secret_access_key: would be in the job"),
         ({}, ["--", "--machine_typ=x"], "--machine_typ=x: not an option of Beam"),
         (
@@ -337,3 +380,37 @@ def test_the_streaming_job_is_submitted(gcs, dataflow, write_config, photos, cap
     kept = json.loads(storage_of(out).read("request.json"))
     assert kept["options"] == {"input": [photos], "output": out}
     assert not [argument for argument in kept["beam"] if "streaming" in argument]
+
+
+def test_the_streaming_job_is_replaced_by_one_whose_steps_have_other_names(
+    gcs, dataflow, write_config, photos, capfd
+) -> None:
+    subscription = "projects/test-proj/subscriptions/objects"
+    flags = ["--input", photos, "--output", f"gs://{gcs.bucket}/out", "--subscription", subscription]
+    assert run(["submit", "stream", "--config", write_config({"job_name": "mill-photos"}), *flags]) == 0
+    before = {step.unique_name for step in staged(gcs)[0].components.transforms.values()}
+
+    gcs.new_bucket()
+    mapping = {"Hold": "HoldBack", "Windows/Write": "WriteWindows/WriteWindow", "Gone": ""}
+    block = {"job_name": "mill-photos", "update": True, "transform_name_mapping": mapping}
+    command = ["submit", "stream", "--config", write_config(block), *flags]
+    capfd.readouterr()
+    assert run(command) == 0
+    started, replacing = dataflow.bodies("POST", "/jobs")
+    assert "replaceJobId" not in started and not started.get("transformNameMapping")
+    assert replacing["replaceJobId"] == "2026-01-01_job-0"
+    assert replacing["transformNameMapping"] == mapping
+    assert (replacing["name"], replacing["type"]) == (started["name"], 2)
+    # Unnamed steps go on under their own names, and what old ones are called now is in the graph that was sent.
+    after = {step.unique_name for step in staged(gcs)[0].components.transforms.values()}
+    assert after == before and {*filter(None, mapping.values())} <= after
+
+    # By Beam alone, and tried dry, it asks for the same.
+    pasted = shlex.split(capfd.readouterr().err.split("by Beam alone:\n")[1].splitlines()[0])
+    assert {"--update", f"--transform_name_mapping={json.dumps(mapping, sort_keys=True)}"} <= {*pasted}
+    dataflow.asked.clear()
+    assert run([*command, "--dry-run"]) == 0
+    shown = capfd.readouterr().out
+    assert not dataflow.asked and '"replaces": "mill-photos"' in shown
+    request, _ = json.JSONDecoder().raw_decode(shown[shown.index("{") :])
+    assert request["transformNameMapping"] == mapping
