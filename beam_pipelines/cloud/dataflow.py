@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -156,6 +157,9 @@ class DataflowOptions(BaseModel):
                 args.append(f"--{name}={json.dumps(value, sort_keys=True)}")
             elif name == "use_public_ips":
                 args += [] if value is None else ["--use_public_ips" if value else "--no_use_public_ips"]
+            elif name == "setup_file":
+                # Beam changes to the file's folder by its name, so it needs one.
+                args.append(f"--{name}={value if os.path.dirname(value) else f'./{value}'}")
             else:
                 args.append(f"--{name}" if value is True else f"--{name}={value}")
         args += [f"--dataflow_service_options={text}" for text in service]

@@ -292,6 +292,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, __name__, sys.modules[submission.__module__])
 
 
+@pytest.mark.parametrize("path", ["setup.py", "./setup.py", "/src/setup.py"])
+def test_a_setup_file_is_named_with_its_folder(write_config, path: str) -> None:
+    config = write_config({"setup_file": path})
+    (named,) = (arg for arg in dataflow_options(read_config(config), config).beam_args() if "setup" in arg)
+    assert named == f"--setup_file={'./' * (path == 'setup.py')}{path}"
+
+
 def test_dataflow_refuses(gcs, dataflow, write_config, small, capfd, monkeypatch) -> None:
     monkeypatch.setattr(retry.Clock, "sleep", lambda *_: None)
     dataflow.refuse = "no quota for NVIDIA_L4_GPUS"
