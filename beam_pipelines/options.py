@@ -6,7 +6,7 @@ Flags, `--config` YAML, the table in docs/options.md and what goes into a snapsh
 import difflib
 import os
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
@@ -34,7 +34,7 @@ class SourceOptions(BaseModel):
     name: str = Field(default="", description="Name of the source in decisions. Default: `inputN`.")
     format: SourceFormat = Field(default="auto", description="As `--source-format`.")
     image_root: str = Field(default="", description="As `--image-root`.")
-    columns: dict[str, str] = Field(
+    columns: dict[str, Annotated[str, Field(min_length=1)]] = Field(
         default={}, description="Which field holds what, as `{image: picture, caption: alt}`."
     )
     priority: int | None = Field(

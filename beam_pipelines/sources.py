@@ -1,5 +1,6 @@
 """From what the user wrote after --input and --decontaminate to sources, checked before any image is touched."""
 
+import difflib
 import itertools
 import os
 import re
@@ -10,7 +11,7 @@ from beam_pipelines.options import CurateOptions, SourceOptions
 from beam_pipelines.request import REQUEST
 from embeddings.contamination import MAX_PROTECTED
 from images.files import is_url
-from images.sources import read_samples
+from images.sources import ROLES, read_samples
 from images.sources.source import Source, Unreadable
 from shards.errors import BadRequest
 from shards.records import Origin, SourceSample
@@ -42,6 +43,7 @@ def _source(flag: str, number: int, wanted: SourceOptions) -> Source:
     """Raises BadRequest for what is missing, unreadable, unknown or holds no record."""
     asked = f"{flag} {wanted.name}={wanted.path}" if wanted.name else f"{flag} {wanted.path}"
     path, folder, source_format = locate(asked, wanted.path, wanted.format)
+    _check_columns(asked, source_format, wanted.columns)
     source = Source(
         number if wanted.priority is None else wanted.priority,
         name_of(number, wanted),
@@ -57,6 +59,19 @@ def _source(flag: str, number: int, wanted: SourceOptions) -> Source:
     if source.format != "files":
         _check_records(flag, source)
     return source
+
+
+def _check_columns(asked: str, source_format: str, columns: Iterable[str]) -> None:
+    """Raises BadRequest for a role that fields of the format do not play."""
+    roles = ROLES[source_format]
+    for role in columns:
+        if not roles:
+            raise BadRequest(f"{asked}: columns {role!r}: image files have no columns; leave it out")
+        if role not in roles:
+            close = difflib.get_close_matches(role, roles, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            allowed = ", ".join(roles)
+            raise BadRequest(f"{asked}: columns {role!r}: of {source_format} there are {allowed}{hint}")
 
 
 def _check_records(flag: str, source: Source) -> None:

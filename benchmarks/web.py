@@ -84,6 +84,23 @@ def with_httpx(urls: list[str]) -> int:
         return _in_threads(lambda url: client.get(url).content, urls)
 
 
+def with_httpx_loop(urls: list[str]) -> int:
+    """One event loop, as ours has it."""
+    limits = httpx.Limits(max_connections=AT_ONCE, max_keepalive_connections=AT_ONCE)
+
+    async def fetched() -> int:
+        free = asyncio.Semaphore(AT_ONCE)
+
+        async def get(url: str) -> int:
+            async with free:
+                return len((await client.get(url)).content)
+
+        async with httpx.AsyncClient(limits=limits, timeout=60) as client:
+            return sum(await asyncio.gather(*map(get, urls)))
+
+    return asyncio.run(fetched())
+
+
 def with_urllib(urls: list[str]) -> int:
     """As img2dataset does: a new connection each time."""
 
@@ -98,6 +115,7 @@ CONTENDERS = {
     "ours": with_ours,
     "threads and requests": with_requests,
     "threads and httpx": with_httpx,
+    "an event loop and httpx": with_httpx_loop,
     "threads and urllib": with_urllib,
 }
 

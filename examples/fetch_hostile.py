@@ -15,14 +15,18 @@ FOLDER = Path(__file__).parent / ".build" / PACKAGE
 
 
 def main() -> None:
+    if not FOLDER.exists():
+        fetch()
+    print(f"{sum(path.is_file() for path in FOLDER.rglob('*'))} files in {FOLDER}")
+
+
+def fetch() -> None:
     FOLDER.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=FOLDER.parent) as work:
         subprocess.run(["apt-get", "download", PACKAGE], cwd=work, check=True)
         (package,) = Path(work).glob(f"{PACKAGE}_*.deb")
         subprocess.run(["dpkg-deb", "-x", str(package), f"{work}/unpacked"], check=True)
-        if not FOLDER.exists():
-            Path(f"{work}/unpacked").rename(FOLDER)
-    print(f"{sum(path.is_file() for path in FOLDER.rglob('*'))} files in {FOLDER}")
+        Path(f"{work}/unpacked").rename(FOLDER)
 
 
 if __name__ == "__main__":

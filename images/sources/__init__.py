@@ -31,6 +31,16 @@ READERS: Mapping[str, Reader] = {
     "urls": urls.read,
 }
 """By `--source-format`."""
+_SAID = ("conversation", "caption", "license", "language", "weight")
+ROLES: Mapping[str, tuple[str, ...]] = {
+    "files": (),
+    "webdataset": _SAID,
+    "parquet": ("image", *_SAID),
+    "llava": ("image", *_SAID),
+    "tfrecord": ("image", *_SAID),
+    "urls": ("url", "caption", "license", "language", "weight"),
+}
+"""What `Source.columns` may name a field for, by format: of a tar the images are members, and image files have no fields."""
 COPIERS: Mapping[str, Copier] = {
     "webdataset": webdataset.copy_members,
     "parquet": parquet.copy_members,

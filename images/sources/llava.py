@@ -5,7 +5,7 @@ from typing import Any
 
 from images.files import Files
 from images.sources.json_text import read_records
-from images.sources.records import image_names, named_image, sample_of
+from images.sources.records import IMAGE_FIELDS, image_names, named_image, sample_of
 from images.sources.source import Source, Unreadable
 from shards.errors import BadData
 from shards.records import Origin, SourceImage, SourceSample
@@ -17,8 +17,10 @@ def read(source: Source, uri: str, origin: Origin, files: Files) -> Iterator[Sou
     Codes: `bad_json`, `bad_record`; `bad_compression` and `unreadable` where the file cannot be read to its end.
     """
 
+    named = source.columns.get("image", "")
+
     def images(record: dict[str, Any]) -> Sequence[SourceImage]:
-        return [named_image(source, name) for name in image_names(record)]
+        return [named_image(source, name) for name in image_names(record, named)]
 
     number = -1
     with files.open(uri) as stream:
@@ -28,7 +30,7 @@ def read(source: Source, uri: str, origin: Origin, files: Files) -> Iterator[Sou
                 try:
                     if isinstance(record, BadData):
                         raise record
-                    yield sample_of(source, place, record, images)
+                    yield sample_of(source, place, record, images, (*IMAGE_FIELDS, named))
                 except BadData as error:
                     yield Unreadable(place, error)
         except OSError as error:

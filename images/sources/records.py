@@ -100,11 +100,12 @@ def checked_name(name: str) -> str:
     return name
 
 
-def image_names(record: dict[str, Any]) -> list[str]:
-    """What `image` or `images` names, in order. Raises BadData `bad_record`."""
-    given = [record[key] for key in IMAGE_FIELDS if record.get(key) not in _ABSENT]
+def image_names(record: dict[str, Any], named: str = "") -> list[str]:
+    """What the field `named`, else `image` or `images`, names, in order. Raises BadData `bad_record`."""
+    fields = (named,) if named else IMAGE_FIELDS
+    given = [record[key] for key in fields if record.get(key) not in _ABSENT]
     if len(given) > 1:
-        raise BadData("bad_record", "both `image` and `images`")
+        raise BadData("bad_record", "both `image` and `images`; say which by the source's columns")
     images = given[0] if given else []
     names = [images] if isinstance(images, str) else images
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

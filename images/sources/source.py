@@ -12,7 +12,7 @@ class Source(NamedTuple):
 
     `path` is a file, a folder or a pattern (uri or path of this machine); `folder` what names of its files are relative to;
     `image_root` what names of images in records are relative to. `columns` says which field holds what, as
-    `{"image": "picture", "caption": "alt"}`, where a reader's own guess is not meant. `license`, `language` and `weight` hold for
+    `{"image": "picture", "caption": "alt"}`, where a reader's own guess is not meant: see `ROLES`. `license`, `language` and `weight` hold for
     records that do not say so themselves.
     """
 

@@ -1,7 +1,6 @@
 """TFRecord files of tf.train.Example: our joined exports, and others whose features are named by `Source.columns` or by custom.
 
-`columns` maps `image`, `caption`, `conversations` and `messages` to features. A feature of one value is that value in the sample's extra
-fields, another a list; bytes that are not UTF-8 are `{"bytes_b64": ...}`.
+A feature of one value is that value in the sample's extra fields, another a list; bytes that are not UTF-8 are `{"bytes_b64": ...}`.
 """
 
 import base64
@@ -26,7 +25,8 @@ from shards.records import MediaRef, Origin, SourceImage, SourceSample
 MAX_RECORD_BYTES = 1 << 30
 IMAGE_FEATURES = ("image/encoded", "image", "image_raw", "jpeg", "png")
 CAPTION_FEATURES = ("image/caption", "caption", "text", "image/class/text", "label/text")
-"""Where pictures and captions are looked for, in this order, where `Source.columns` does not say."""
+CONVERSATION_FEATURES = ("conversations", "messages")
+"""Where pictures, captions and conversations are looked for, in this order, where `Source.columns` does not say."""
 _CHUNK = 1 << 20
 
 
@@ -149,12 +149,12 @@ def _named(given: Mapping[str, str], role: str, custom: Collection[str], feature
     return next((name for name in custom if name in features.values), "")
 
 
-def _conversations(record: dict[str, Any], field: str, feature: str) -> None:
-    """Puts what a feature says of a conversation, as JSON text, under the field that holds one."""
+def _parse_conversation(record: dict[str, Any], feature: str) -> None:
+    """Puts a conversation in the place of the JSON text that says it."""
     text = record.pop(feature, None)
     if isinstance(text, str) and text:
         try:
-            record[field] = json.loads(text)
+            record[feature] = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise BadData("bad_json", f"{feature}: {error}") from error
     elif text not in (None, "", []):
@@ -186,8 +186,9 @@ def _sample(source: Source, uri: str, origin: Origin, record: _Record, is_compre
         for name, values in features.values.items()
         if name != image
     }
-    for field in ("conversations", "messages"):
-        _conversations(rest, field, source.columns.get(field, field))
+    conversation = source.columns.get("conversation")
+    for feature in (conversation,) if conversation else CONVERSATION_FEATURES:
+        _parse_conversation(rest, feature)
     named = source._replace(columns={**source.columns, "caption": caption})
     return sample_of(named, origin, rest, images, ())
 

@@ -120,12 +120,13 @@ def _sample(source: Source, origin: Origin, row: Mapping[str, str], column: str)
     sha256 = record.pop("sha256", "").lower()
     if sha256 and not _HEX.fullmatch(sha256):
         raise BadData("bad_record", f"sha256 {sha256[:80]!r} is not 64 hex digits")
-    if "weight" in record:
-        record["weight"] = _number(record["weight"])
-    caption = source.columns.get("caption", "").lower()
-    named = caption or next((name for name in _CAPTIONS if name in record), "caption")
+    columns = {role: name.lower() for role, name in source.columns.items()}
+    weight = columns.get("weight", "weight")
+    if weight in record:
+        record[weight] = _number(record[weight])
+    columns.setdefault("caption", next((name for name in _CAPTIONS if name in record), "caption"))
     image = SourceImage(origin._replace(name=url, offset=0), MediaRef(url, 0, -1), sha256)
-    return sample_of(source._replace(columns={"caption": named}), origin, record, lambda _: [image], ())
+    return sample_of(source._replace(columns=columns), origin, record, lambda _: [image], ())
 
 
 def _number(text: str) -> float:

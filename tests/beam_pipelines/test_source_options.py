@@ -109,3 +109,28 @@ def test_a_wrong_source_is_one_line(source: dict[str, Any], hint: str, tmp_path:
     said = capsys.readouterr().err.strip()
     assert hint in said and "\n" not in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "hint"),
+    [
+        ("rows.json", {"imgae": "picture"}, "did you mean image?"),
+        ("rows.json", {"conversations": "talk"}, "did you mean conversation?"),
+        ("rows.json", {"url": "link"}, "of llava there are image, conversation, caption,"),
+        ("urls.txt", {"image": "link"}, "of urls there are url, caption,"),
+        ("a.png", {"caption": "alt"}, "image files have no columns"),
+        ("rows.json", {"caption": ""}, "sources[0] columns.caption"),
+        ("rows.json", {"caption": 3}, "sources[0] columns.caption"),
+    ],
+)
+def test_a_role_that_no_field_plays_is_one_line(
+    name: str, columns: dict[str, Any], hint: str, tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "a.png").write_bytes(picture(0))
+    (tmp_path / "rows.json").write_text('[{"image": "a.png"}]')
+    (tmp_path / "urls.txt").write_text("http://a.example/x.jpg\n")
+    source = {"path": str(tmp_path / name), "columns": columns}
+    assert shardmill(["curate", "--config", config(tmp_path, [source])]) == BAD_REQUEST
+    said = capsys.readouterr().err.strip()
+    assert hint in said and next(iter(columns)) in said and "\n" not in said
+    assert not (tmp_path / "out").exists()

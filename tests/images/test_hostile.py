@@ -132,5 +132,6 @@ def test_the_files_of_a_codec_s_own_tests(pool: DecodePool) -> None:
     results = list(pool.decode_all((path.read_bytes() for path in files), GEOMETRY))
     counts = Counter(map(code_of, results))
     assert set(counts) <= {"decoded", *CODES}
+    print(f"{len(files)} files: {dict(counts.most_common())}, workers lost: {pool.lost - lost}")
     assert counts["decoded"] > 20 and counts.total() == len(files), counts
     assert pool.lost == lost

@@ -21,7 +21,7 @@ LIMITS = Limits(max_pixels=1 << 18)
 
 
 def test_mutants_are_decoded_or_dead() -> None:
-    number = count(1_000_000, 8_000)
+    number = count(1_000_000, 20_000)
     codes: Counter[str] = Counter()
     process = psutil.Process()
     others = set(process.children(recursive=True))

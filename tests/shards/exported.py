@@ -4,11 +4,12 @@ import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from shards.export import FORMATS
+from shards.export import FORMATS, Exported
 from shards.ids import image_id_of, sample_id_of
 from shards.records import FROM_SOURCE, Origin, Provenance, Question, Sample, Tag, Turn
 from shards.snapshot import Funnel, Snapshot, open_snapshot
@@ -106,6 +107,13 @@ class Made:
     def pixels(self, sample_id: str) -> list[str]:
         """Hashes of a sample's decoded pictures, in order."""
         return [pixels_sha256(encoded) for encoded in self.images[sample_id]]
+
+
+def pasted(exported: Exported) -> Any:
+    """What the line that an export gives makes of `data`, away from the export's folder."""
+    scope: dict[str, Any] = {}
+    exec(exported.how_to_load, scope)
+    return scope["data"]
 
 
 def tree(folder: Path) -> dict[str, str]:

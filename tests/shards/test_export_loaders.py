@@ -15,7 +15,7 @@ for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"
     os.environ[variable] = "1"
 
 from shards.export import Exported, export_snapshot  # noqa: E402
-from tests.shards.exported import ALL, Made, picture, pixels_sha256, sample, snapshot_of, turns  # noqa: E402
+from tests.shards.exported import ALL, Made, pasted, picture, pixels_sha256, sample, snapshot_of, turns  # noqa: E402
 
 # What the readers do among themselves: files that webdataset and datasets leave to the collector, old names in rdflib, pandas and TRL.
 pytestmark = [
@@ -48,13 +48,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
     datasets.disable_progress_bars()
-
-
-def pasted(exported: Exported) -> Any:
-    """What the line makes of `data`, away from the export's folder."""
-    scope: dict[str, Any] = {}
-    exec(exported.how_to_load, scope)
-    return scope["data"]
 
 
 def by_id(rows: Any, key: Callable[[Any], str] = lambda row: row["id"]) -> Loaded:

@@ -1,9 +1,7 @@
 """What was read as LLaVA or Infinity-MM comes back as it was: a thousand made records, through the project's own reader."""
 
 import json
-import random
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,53 +16,10 @@ from shards.files import path_of
 from shards.ids import image_id_of
 from shards.records import Sample, SourceSample
 from shards.snapshot import Snapshot
-from tests.shards.exported import EXTENSIONS, picture, sample, snapshot_of, tree
+from tests.made_records import first_question, infinity_fields, llava_fields, make_records
+from tests.shards.exported import picture, sample, snapshot_of, tree
 
 RECORDS = 1_000
-Record = dict[str, Any]
-
-
-def llava_fields(number: int, rng: random.Random) -> Record:
-    fields: Record = {"id": rng.choice([f"r{number}", number, f"ä/{number}"])}
-    if number % 3 == 0:
-        fields["license"] = rng.choice(["CC0-1.0", "CC-BY-4.0"])
-    if number % 4 == 0:
-        fields |= {"score": rng.random(), "nested": {"boxes": [[rng.randrange(9)] * 4], "note": None}}
-    return fields
-
-
-def infinity_fields(number: int, rng: random.Random) -> Record:
-    return {
-        "id": str(number),
-        "source": rng.choice(["llava", "docmatix"]),
-        "ram++_tags": ["wall", "dry"],
-        "ram++_tags_score": [rng.uniform(1, 10), rng.uniform(1, 10)],
-        "phash": [rng.getrandbits(64)],
-        "qw2vl_loss": rng.random(),
-    }
-
-
-def make_input(folder: Path, fields_of: Callable[[int, random.Random], Record]) -> list[Record]:
-    """A thousand records of no, one, two or three images (files under 40 names) in `records.json`."""
-    rng = random.Random(0)
-    (folder / "images").mkdir(parents=True)
-    names = []
-    for value in range(40):
-        name, extension = rng.choice(sorted(EXTENSIONS.items()))
-        encoded = picture(value, name)
-        names.append(f"images/{image_id_of(encoded).hex()}.{extension}")
-        (folder / names[-1]).write_bytes(encoded)
-    records = []
-    for number in range(RECORDS):
-        images = rng.choices(names, k=number % 4)
-        turns = [
-            {"from": "human", "value": "<image>\n" * len(images) + f"Question {number}?\u2028é \\ \" '"},
-            {"from": "gpt", "value": rng.choice(["", "Yes. ", "<b>"]) * 3 + "\t\x00end"},
-        ]
-        image = {} if not images else {"image": images[0] if len(images) == 1 else images}
-        records.append({**fields_of(number, rng), **image, "conversations": turns * rng.randint(1, 3)})
-    (folder / "records.json").write_text(json.dumps(records))
-    return records
 
 
 def source_of(path: Path) -> Source:
@@ -109,13 +64,12 @@ def unpacked(export: Path, folder: Path) -> Path:
 
 
 def test_llava_records_come_back_identical(tmp_path: Path) -> None:
-    records = make_input(tmp_path / "in", llava_fields)
+    records = make_records(tmp_path / "in", RECORDS, llava_fields)
     snapshot = snapshot_from(tmp_path / "in" / "records.json", tmp_path / "out")
     exported = export_snapshot(snapshot, "llava", tmp_path / "llava")
     again = json.loads((tmp_path / "llava" / "llava.json").read_text())
     assert exported.num_records == len(again) == RECORDS
-    key = lambda record: record["conversations"][0]["value"]  # noqa: E731
-    assert sorted(again, key=key) == sorted(records, key=key)
+    assert sorted(again, key=first_question) == sorted(records, key=first_question)
     # And through the reader: what a second run would see.
     before = sorted(map(meaning, read(tmp_path / "in" / "records.json")))
     assert sorted(map(meaning, read(tmp_path / "llava" / "llava.json"))) == before
@@ -129,7 +83,7 @@ def test_llava_records_come_back_identical(tmp_path: Path) -> None:
 
 def test_infinity_mm_records_come_back_identical(tmp_path: Path) -> None:
     """But for `image`, which names the tar's members: the pictures themselves are compared."""
-    records = make_input(tmp_path / "in", infinity_fields)
+    records = make_records(tmp_path / "in", RECORDS, infinity_fields)
     snapshot = snapshot_from(tmp_path / "in" / "records.json", tmp_path / "out")
     export_snapshot(snapshot, "infinity-mm", tmp_path / "export")
     path = unpacked(tmp_path / "export", tmp_path / "unpacked")
@@ -184,7 +138,7 @@ def parquet_samples(folder: Path) -> list[tuple[SourceSample, list[bytes]]]:
 
 
 def test_hugging_face_exports_are_read_as_they_were(tmp_path: Path) -> None:
-    make_input(tmp_path / "in", infinity_fields)
+    make_records(tmp_path / "in", RECORDS, infinity_fields)
     snapshot = snapshot_from(tmp_path / "in" / "records.json", tmp_path / "out")
     export_snapshot(snapshot, "hf", tmp_path / "hf")
     kept = list(snapshot.samples())

@@ -118,7 +118,7 @@ def test_features_by_custom_and_by_name(tmp_path: Path) -> None:
     (one,) = read(path, {"image": "pic", "caption": "alt"})
     assert pictures_of(one) == [picture(2), picture(3)] and one.conversation[1].value == "words"
     assert json.loads(one.extra_json)["image"] == "name.jpg"
-    (one,) = read(path, {"image": "pic", "conversations": "talk"})
+    (one,) = read(path, {"image": "pic", "conversation": "talk"})
     assert one.conversation == [Turn("human", "q")] and "talk" not in json.loads(one.extra_json)
 
 
