@@ -12,7 +12,7 @@ from tests.proof.counts import count
 
 pytestmark = pytest.mark.proof
 
-IMAGES = count(4000, 240)
+IMAGES = count(4000, 210)
 """Fifteen of each example, which are 3,630; then documents."""
 
 
