@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 from unittest import mock
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -216,6 +215,8 @@ def print_rules(measured: Measured, name: str, rules: dict[str, DuplicateRule]) 
 
 
 def plot(measured: Measured, rule: DuplicateRule, path: Path) -> None:
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

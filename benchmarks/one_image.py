@@ -1,10 +1,14 @@
-"""Seconds, memory and comparisons of the search where all images are slightly different JPEGs of one.
+"""Seconds, memory and comparisons where all images are one: slightly different JPEGs of it, pages of one template, or its very bytes.
 
 python -m benchmarks.one_image --images 20000 200000
+python -m benchmarks.one_image --of pages --images 2500 10000
+python -m benchmarks.one_image --of bytes --images 20000 200000
 
-A picture is saved in some hundred sizes, qualities and brightnesses, decoded and embedded. Of these prints as many as are wanted are
-made: a real one's vector, moved by a part of the difference of two others', and its hashes, with bits flipped as often as they differ
-among the real ones. Each number of images runs in a process of its own.
+A picture is saved in some sizes, qualities and brightnesses, or some pages of one template are drawn; they are decoded and embedded. Of
+these prints as many as are wanted are made: a real one's vector, moved by a part of the difference of two others', and its hashes, with
+bits flipped as often as they differ among the real ones. JPEGs are copies of each other, pages are candidates that are not: nothing joins
+them, so all pairs are compared. References to equal bytes are never searched: they go through the stage that collapses them. Each number
+of images runs in a process of its own.
 """
 
 import argparse
@@ -16,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageEnhance
 
+from beam_pipelines.planting import page, png
 from benchmarks.machine import describe
 from benchmarks.originals import facts_of
 from benchmarks.search import in_own_process, peak_bytes
@@ -23,17 +28,19 @@ from embeddings.buckets import Buckets, join_duplicates
 from embeddings.cell_plan import MAX_SAMPLE, plan_cells
 from embeddings.duplicates import DuplicateRule, Group, Pairing, Print, Prints, Signatures, walk
 from embeddings.forest import places_in, sorting
+from shards.records import EmbeddedImage, ImageFacts, MediaRef, Origin, SourceImage
 
 PICTURE = Path("examples/images/gravel.jpg")
 _AT_ONCE = 4096
 
 
 class Run(NamedTuple):
-    """Seconds of planning, of the buckets, and of the walk; pairs compared in buckets; images kept; bytes above those of the prints, which take `prints`."""
+    """Seconds of planning, of the buckets, and of the walk, and of all threads; pairs compared in buckets; images kept; bytes above those of the prints, which take `prints`."""
 
     plan_s: float
     search_s: float
     walk_s: float
+    cpu_s: float
     compared: int
     kept: int
     peak: int
@@ -100,7 +107,7 @@ def search(real: Signatures, count: int) -> Run:
     prints = prints_like(real, count)
     held = peak_bytes("VmRSS")
     pairing = Pairing([Group(DuplicateRule().thresholds)])
-    started = time.perf_counter()
+    started, began = time.perf_counter(), time.process_time()
     columns = Prints.of(prints)
     sample = columns.signatures.vectors[sorting(columns.print_ids)[:MAX_SAMPLE]]
     plan = plan_cells(sample, count, pairing.loosest)
@@ -124,6 +131,7 @@ def search(real: Signatures, count: int) -> Run:
         planned - started,
         searched - planned,
         ended - searched,
+        time.process_time() - began,
         compared,
         kept,
         peak_bytes() - held,
@@ -132,29 +140,97 @@ def search(real: Signatures, count: int) -> Run:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, nargs="+", default=[20_000, 200_000])
-    parser.add_argument("--real", type=int, default=64, help="JPEGs that are decoded and embedded")
-    arguments = parser.parse_args()
-    print(describe("numpy", "torch", "faiss-cpu"))
-    real = facts_of(jpegs(arguments.real)).signatures
-    scores = real.vectors.astype(np.float32) @ real.vectors.astype(np.float32).T
-    print(
-        f"{PICTURE}: {arguments.real} JPEGs, cosines from {scores.min():.4f}, median {np.median(scores):.4f}\n"
+class Collapsed(NamedTuple):
+    """Seconds of the stage and of all its threads; references that gave way; bytes above those that the process held before."""
+
+    seconds: float
+    cpu_s: float
+    dropped: int
+    peak: int
+
+
+def collapse(real: Signatures, count: int) -> Collapsed:
+    """So many references to the bytes of one image, through a pipeline in one process."""
+    import apache_beam as beam
+    from apache_beam.metrics import MetricsFilter
+
+    from transforms.deduplicate import CollapseSameBytes
+
+    facts = ImageFacts(640, 480, 10**5, "JPEG", bytes(32), real.phashes[0].tobytes(), real.structures[0].tobytes(), 0, 0, 0)  # fmt: skip
+    vector, scores, image_id = real.vectors[0].tobytes(), bytes(2000), bytes(32)
+
+    def reference(number: int) -> EmbeddedImage:
+        name = f"{number:09}.jpg"
+        source = SourceImage(Origin(0, "made", name, 0), MediaRef(name, 0, 10**5))
+        return EmbeddedImage(image_id, source, facts, vector, scores, "encoder", "cpu")
+
+    before = peak_bytes("VmRSS")
+    started, began = time.perf_counter(), time.process_time()
+    pipeline = beam.Pipeline(runner="FnApiRunner")
+    images, decisions = (
+        pipeline
+        | beam.Create(range(0, count, _AT_ONCE))
+        | beam.FlatMap(
+            lambda first: map(reference, range(first, min(first + _AT_ONCE, count)))
+        ).with_output_types(EmbeddedImage)
+        | CollapseSameBytes()
     )
+    for label, items in (("Images", images), ("Decisions", decisions)):
+        _ = items | label >> beam.combiners.Count.Globally()
+    result = pipeline.run()
+    result.wait_until_finish()
+    (counted,) = result.metrics().query(MetricsFilter().with_name("same_bytes"))["counters"]
+    ended, cpu_s = time.perf_counter(), time.process_time() - began
+    return Collapsed(ended - started, cpu_s, counted.committed, peak_bytes() - before)
+
+
+def print_searches(real: Signatures, counts: list[int]) -> None:
     print(
-        "| images | plan, s | search, s | walk, s | comparisons an image | kept | GB beside the prints | GB of prints |"
+        "| images | plan, s | search, s | walk, s | CPU s | comparisons an image | kept | GB beside the prints | GB of prints |"
     )
-    print("|---|---|---|---|---|---|---|---|")
-    for count in arguments.images:
+    print("|---|---|---|---|---|---|---|---|---|")
+    for count in counts:
         run = in_own_process(search, real, count)
-        seconds = " | ".join(f"{part:.1f}" for part in run[:3])
+        seconds = " | ".join(f"{part:.1f}" for part in run[:4])
         print(
             f"| {count:,} | {seconds} | {run.compared / count:.0f} | {run.kept} | {run.peak / 1e9:.2f} | {run.prints / 1e9:.2f} |"
             f" <!-- {run.why} -->",
             flush=True,
         )
+
+
+def print_collapses(real: Signatures, counts: list[int]) -> None:
+    print("| references | s | CPU s | gave way | GB |")
+    print("|---|---|---|---|---|")
+    for count in counts:
+        run = in_own_process(collapse, real, count)
+        print(
+            f"| {count:,} | {run.seconds:.1f} | {run.cpu_s:.1f} | {run.dropped:,} | {run.peak / 1e9:.2f} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, nargs="+", default=[20_000, 200_000])
+    parser.add_argument("--of", choices=["jpegs", "pages", "bytes"], default="jpegs")
+    parser.add_argument("--real", type=int, default=64, help="images that are decoded and embedded")
+    arguments = parser.parse_args()
+    print(describe("numpy", "torch", "faiss-cpu", "apache-beam"))
+    num_real = arguments.real
+    pages = arguments.of == "pages"
+    drawn = [png(page(index)) for index in range(num_real)] if pages else jpegs(num_real)
+    real = facts_of(drawn).signatures
+    if arguments.of == "bytes":
+        print_collapses(real, arguments.images)
+        return
+    scores = real.vectors.astype(np.float32) @ real.vectors.astype(np.float32).T
+    print(
+        f"{num_real} {f'JPEGs of {PICTURE}' if not pages else 'pages of one template'}: cosines from {scores.min():.4f}, median {np.median(scores):.4f}\n"
+    )
+    print_searches(real, arguments.images)
 
 
 if __name__ == "__main__":

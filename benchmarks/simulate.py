@@ -33,7 +33,7 @@ from embeddings.cell_plan import (
     fit_cells,
     num_to_fit,
 )
-from embeddings.duplicates import DuplicateRule
+from embeddings.duplicates import SIGNATURE_BYTES, DuplicateRule
 from shards.ledger import COMPACT_ROWS, FLUSH_ROWS, FLUSH_S, ImageRow, Ledger
 from shards.storage import storage_of
 
@@ -41,8 +41,6 @@ MEASURED = Path(__file__).parent / "stage_costs.json"
 CALIBRATED_ON, FIXED_BY = 10_000, 100
 """Jobs that tell the costs an image and those of any job; the others are predicted."""
 SEARCHES_UP_TO = 100_000
-SIGNATURE_BYTES = 16 + 1 + 1 + 1 + 8 + 128
-"""Of a member of a bucket beside its vector: id, group, home, side, pHash, long hash."""
 UNROUNDED = 512
 """Rows of a bucket up to which blocks are of one size (`embeddings.forest`)."""
 EDGE_BYTES, JOINED_BYTES = 100, 32

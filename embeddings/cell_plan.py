@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embeddings.cells import Cells, Router
-from embeddings.duplicates import Thresholds
+from embeddings.duplicates import SIGNATURE_BYTES, Thresholds
 
 MAX_SAMPLE = 32_768
 """Vectors that are looked at to choose and fit cells."""
@@ -55,7 +55,7 @@ _UNSEEN = 3
 
 
 class Estimate(NamedTuple):
-    """What a sample says of K cells: copies of each image that travel, pairs compared as a share of brute force, the recall that it vouches
+    """What a sample says of K cells: cells that an image visits, pairs compared as a share of brute force, the recall that it vouches
     for, and from which pairs, "" for all by proof."""
 
     num_cells: int
@@ -66,6 +66,8 @@ class Estimate(NamedTuple):
     told_from: str = ""
     directions: int = 0
     """In which cells are found; 0: those of the vectors."""
+    num_bytes: float = 0.0
+    """Of an image, sent to its cells, once for each part of them."""
 
     def cost(self, count: float, dimensions: int) -> float:
         """Multiplications, as many as take the time of fitting, finding and opening the cells, sending the copies and comparing."""
@@ -83,14 +85,18 @@ class Estimate(NamedTuple):
 
     def __str__(self) -> str:
         if self.num_cells == 1:
-            return "brute force: 1 copy, 100 % of the pairs"
+            return f"brute force: {self._sent}, 100 % of the pairs"
         kind = "exact"
         if self.reach < 1:
             kind = (
                 f"{self.reach:.2f} of the reach, recall {self.recall:.4f} or more told from {self.told_from}"
             )
         where = f" in {self.directions} directions" if self.directions else ""
-        return f"{self.num_cells} cells{where}, {kind}: {self.copies:.1f} copies, {100 * self.share:.1f} % of the pairs"
+        return f"{self.num_cells} cells{where}, {kind}: {self.copies:.1f} copies, {self._sent}, {100 * self.share:.1f} % of the pairs"
+
+    @property
+    def _sent(self) -> str:
+        return f"{self.num_bytes / 1000:.1f} kB sent an image"
 
 
 _LEADING, _SCANNING = 1 / 8, 64
@@ -173,6 +179,10 @@ def _parts(residents: float) -> int:
     return max(1, math.ceil(residents / PART))
 
 
+def _member_bytes(dimensions: int) -> float:
+    return 2 * dimensions + SIGNATURE_BYTES
+
+
 def plan_cells(
     sample: npt.NDArray[np.float16],
     count: int,
@@ -186,8 +196,9 @@ def plan_cells(
     given. Those that were fitted on the same sample give the plan that they were fitted for.
     """
     dimensions = sample.shape[1]
+    all_pairs = BRUTE_FORCE._replace(num_bytes=_parts(count) * _member_bytes(dimensions))
     if count <= BRUTE_FORCE_BELOW:
-        return Plan(brute_force(count), BRUTE_FORCE, f"{count} images are few")
+        return Plan(brute_force(count), all_pairs, f"{count} images are few")
 
     def cost(option: _Option) -> float:
         return option[0].cost(count, dimensions)
@@ -196,7 +207,7 @@ def plan_cells(
     fitted, tried = frozen, list[_Option]()
     if frozen is None and (sizes := _sizes(count, len(sample))):
         fitted, tried = _cheapest(sample, count, cosine, recall, cost, sizes)
-    options, no_less = [(BRUTE_FORCE, brute_force(count))], ""
+    options, no_less = [(all_pairs, brute_force(count))], ""
     if fitted is not None:
         unseen = _unseen_by(fitted, sample)
         look = _Look(fitted, cosine, unseen[:_LOOKED], count)
@@ -310,7 +321,7 @@ class _Look:
         homes, _, self._visited, self._nearness = self.router.approach(sample)
         self._residents = np.bincount(homes, minlength=len(cells.centroids))
         self._directions = 0 if cells.basis is None else cells.basis.shape[1]
-        self._num = len(sample)
+        self._num, self._member_bytes = len(sample), _member_bytes(sample.shape[1])
         parts = [_parts(size * count / len(sample)) for size in self._residents.tolist()]
         self._cells = cells._replace(parts=np.array(parts))
 
@@ -322,7 +333,10 @@ class _Look:
         compared = (residents * (residents - 1) + 2 * residents * guests).sum()
         share = float(compared) / max(1, num * (num - 1))
         copies = float(1 + guests.sum() / num)
-        estimate = Estimate(num_cells, told.reach, copies, share, told.recall, told.source, self._directions)
+        sent = float((residents + guests) @ self._cells.parts / num) * self._member_bytes
+        estimate = Estimate(
+            num_cells, told.reach, copies, share, told.recall, told.source, self._directions, sent
+        )
         return estimate, self._cells._replace(reach=told.reach)
 
 

@@ -28,6 +28,8 @@ Preference = Literal["pixels", "bytes", "sharpness"]
 
 STRUCTURE_BITS = 1024
 PRINT_ID_BYTES = 16
+SIGNATURE_BYTES = PRINT_ID_BYTES + 1 + 1 + 1 + 8 + 128
+"""Of a member of a bucket beside its vector: id, group, home, side, pHash, long hash."""
 PROPOSAL_MARGIN = 0.001
 """float32 products of unit float16 vectors are within 1e-4 of exact, and rounded to float16 within 5e-4; the exact score decides."""
 _BLOCK = 256

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from embeddings import cell_plan
+from embeddings.buckets import Buckets
 from embeddings.cell_plan import directions_of, plan_cells
 from embeddings.cells import Router
-from embeddings.duplicates import Thresholds
-from tests.embeddings.oracle import unit
+from embeddings.duplicates import SIGNATURE_BYTES, Group, Pairing, Prints, Thresholds
+from tests.embeddings.oracle import clustered, unit
 
 
 def test_plans() -> None:
@@ -20,9 +21,32 @@ def test_plans() -> None:
     assert len(plan_cells(vectors, 60_000, wide).cells.centroids) == 1
     again = plan_cells(vectors, 60_000, tight, frozen=plan.cells)
     assert again.cells.name == plan.cells.name
-    assert plan_cells(vectors, 200_000, wide).cells.parts.tolist() == [13]
+    in_parts = plan_cells(vectors, 200_000, wide)
+    assert in_parts.cells.parts.tolist() == [13]
+    assert in_parts.estimate.num_bytes == 13 * (2 * 32 + SIGNATURE_BYTES)
     # As many cells as the sample bears, where the square root of the images is more.
     assert len(plan_cells(vectors, 10**9, tight).cells.centroids) == 750
+
+
+def test_a_plan_says_what_is_sent() -> None:
+    prints = clustered(0, 600, dimensions=32)
+    pairing = Pairing([Group(Thresholds(0.98, -1, 122))])
+    vectors = Prints.of(prints).signatures.vectors
+    plan = plan_cells(vectors, 60_000, pairing.loosest)
+    assert len(plan.cells.centroids) > 1
+    # One part each, as the cells of a few hundred have.
+    cells = plan.cells._replace(parts=np.ones_like(plan.cells.parts))
+    sent = sum(
+        sum(
+            column.nbytes
+            for column in members._replace(
+                groups=members.groups.astype(np.uint8), side=members.side.astype(np.uint8)
+            )
+        )
+        for _, members in Buckets(cells, pairing).split(Prints.of(prints))
+    )
+    assert plan.estimate.num_bytes == pytest.approx(sent / len(prints), rel=0.1)
+    assert f"copies, {plan.estimate.num_bytes / 1000:.1f} kB sent an image, " in str(plan.estimate)
 
 
 def test_a_plan_for_less_than_all_pairs_searches_less_and_finds_as_many_as_it_says() -> None:

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embeddings import forest
-from embeddings.duplicates import DuplicateRule, Group, Pairing, Print, Prints
+from embeddings.duplicates import DuplicateRule, Group, Pairing, Print, Prints, exact_scores, print_of
 from embeddings.forest import Forest, Members, Signal, components, find_forest, places_in, sorting
-from tests.embeddings.oracle import bits, clustered, score_of
+from tests.embeddings.oracle import bits, clustered, image, score_of
 
 GROUPS = [
     Group(DuplicateRule().thresholds),
@@ -93,11 +93,12 @@ def test_the_trees_are_the_components(
     home = rng.random(count) < 0.7
     side = rng.integers(0, 2, count) if two_sides else np.zeros(count, np.int64)
     pairing = Pairing(GROUPS)
-    whole = find_forest(members(prints, home, side), signal, pairing)
     expected = partition(all_edges(prints, signal, home, side, GROUPS))
-    assert partition(whole.forest.edges) == expected
     trees = sum(len(tree) - 1 for tree in expected)
-    assert len(whole.forest.edges) == trees, "a forest has no edge too many"
+    for device in ("cpu", "cpu:0"):
+        whole = find_forest(members(prints, home, side), signal, pairing, device=device)
+        assert partition(whole.forest.edges) == expected
+        assert len(whole.forest.edges) == trees, "a forest has no edge too many"
     # Found before among some of them, the same comes out.
     some = rng.random(count) < 0.6
     known = [
@@ -111,6 +112,29 @@ def test_the_trees_are_the_components(
     ]
     again = find_forest(members(prints, home, side), signal, pairing, known)
     assert partition(again.forest.edges) == expected
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_device_that_rounds_scores_to_halves_finds_the_same_trees(seed: int) -> None:
+    """As a GPU does, and torch's own name for a CPU. Pairs score within .002 of the threshold."""
+    rng = np.random.default_rng(seed)
+    wanted = 0.95 + rng.uniform(-0.002, 0.002, 150)
+    made = []
+    for number, score in enumerate(wanted):
+        ours, aside = np.linalg.qr(rng.normal(size=(256, 2)))[0].T
+        for name, vector in (("a", ours), ("b", score * ours + np.sqrt(1 - score**2) * aside)):
+            made.append(image(f"{name}{number}", vector))
+    groups = [Group(DuplicateRule("similar", 0.95).thresholds)]
+    some = members([print_of(one, 0, groups) for one in made])
+    rows = np.arange(0, 300, 2)
+    near = partition(
+        some.ids[np.stack([rows, rows + 1], axis=1)[exact_scores(some.vectors, rows, rows + 1) >= 0.95]]
+    )
+    assert 50 < len(near) < 100
+    for device in ("cpu", "cpu:0"):
+        found = find_forest(some, "cosine", Pairing(groups), device=device)
+        assert partition(found.forest.edges) == near
+        assert len(found.forest.edges) == len(near)
 
 
 @pytest.mark.parametrize("gathered", [0, 10**9])

@@ -5,7 +5,7 @@ import errno
 import random
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from images.web import WebOptions
 from shards import tables
 from shards.collect import find_garbage
 from shards.ids import image_id_of, sample_id_of
+from shards.ledger import CellsRow, Ledger, SearchRow
 from shards.packs import read_index
 from shards.records import (
     FROM_SOURCE,
@@ -31,11 +32,13 @@ from shards.records import (
     Turn,
 )
 from shards.snapshot import Destination, Snapshot, open_snapshot
-from shards.storage import LocalStorage
+from shards.storage import LocalStorage, storage_of
 from shards.verify import verify_snapshot
 from tests.proof.counts import count
+from tests.transforms.test_deduplicate import images, keepers, many_cells, meaning, search_in  # noqa: F401  (a fixture)
+from tests.transforms.test_deduplicate import run as searched
 from transforms import commit as commit_stage
-from transforms import write
+from transforms import deduplicate, route, write
 from transforms.commit import Commit, RunFacts
 from transforms.write import WriteMedia, WriteRows
 
@@ -46,6 +49,9 @@ RECORDS = count(200_000, 6_000)
 UNIT = RECORDS // 20
 """Images; there are four samples of each, a decision on each of both and on nine more references, and a dead letter."""
 STAGES = ("media", "samples", "decisions", "dead", "commit")
+SEARCHING = ("plan", "search", "join", "walk")
+ONE_KEY = ("commit", "plan", "join")
+PUBLISH_NOTHING = ("join", "walk")
 MAX_FAILURES = 3
 """The runner tries a bundle four times."""
 
@@ -59,14 +65,14 @@ class Failures:
     def __init__(self) -> None:
         self.start(None)
 
-    def start(self, seed: int | None) -> None:
-        self._chance = random.Random(seed)
-        self.left = dict.fromkeys(STAGES, 0 if seed is None else MAX_FAILURES)
-        self._keys_until = {stage: self._draw(stage) for stage in STAGES}
+    def start(self, seed: int | None, stages: Sequence[str] = STAGES) -> None:
+        self._chance, self.raised = random.Random(seed), 0
+        self.left = dict.fromkeys(stages, 0 if seed is None else MAX_FAILURES)
+        self._keys_until = {stage: self._draw(stage) for stage in stages}
         self.of_thread = threading.local()  # a bundle stays on one, and bundles of other stages run beside it
 
     def _draw(self, stage: str) -> int:
-        return 1 if stage == "commit" else self._chance.randrange(1, 12)
+        return 1 if stage in ONE_KEY else self._chance.randrange(1, 12)
 
     def due(self, stage: str) -> str:
         """When to fail on the key at hand: `before`, `within`, `after`, or empty."""
@@ -76,6 +82,8 @@ class Failures:
         when = ("before", "within", "after")[MAX_FAILURES - self.left[stage]]
         self.left[stage] -= 1
         self._keys_until[stage] = self._draw(stage)
+        if when == "within" and stage in PUBLISH_NOTHING:
+            return "after"
         if when == "within":
             self.of_thread.publishes = self._chance.randrange(1, 4) if stage == "commit" else 1
         return when
@@ -85,6 +93,7 @@ failures = Failures()
 
 
 def injected() -> OSError:
+    failures.raised += 1
     return OSError(errno.EIO, "injected")
 
 
@@ -95,11 +104,17 @@ def failing(stage: str) -> Iterator[None]:
     if when == "before":
         raise injected()
     yield
-    assert when != "within", "it published less than was counted on"
+    assert when != "within" or stage in SEARCHING, "it published less than was counted on"
     if when == "after":
         raise injected()
 
 
+PLAN_CELLS, FIND_FOREST, COMPONENTS, WALK = (
+    route.plan_cells,
+    deduplicate.find_forest,
+    route.components,
+    deduplicate.walk,
+)
 PACK_IMAGES, WRITE_SAMPLES, WRITE_TABLE = write.pack_images, tables.write_samples, tables.write_table
 COMMIT, PUBLISH = commit_stage.commit, LocalStorage.publish
 
@@ -130,6 +145,26 @@ def publish(self: LocalStorage, temporary: Path, path: str) -> None:
     if left == 1:
         raise injected()
     PUBLISH(self, temporary, path)
+
+
+def plan_cells(*arguments: Any) -> Any:
+    with failing("plan"):  # within: when its cells go to the ledger
+        return PLAN_CELLS(*arguments)
+
+
+def find_forest(*arguments: Any) -> Any:
+    with failing("search"):  # within: when the forests of its bundle go to the ledger
+        return FIND_FOREST(*arguments)
+
+
+def components(*arguments: Any) -> Any:
+    with failing("join"):
+        return COMPONENTS(*arguments)
+
+
+def walk(*arguments: Any) -> Any:
+    with failing("walk"):
+        return WALK(*arguments)
 
 
 def image_bytes(number: int) -> bytes:
@@ -236,6 +271,7 @@ def test_retried_bundles_lose_nothing_and_double_nothing(
         failures.start(seed)
         snapshot = run(tmp_path / f"out{seed}", folder, "BundleBasedDirectRunner")
         assert failures.left == dict.fromkeys(STAGES, 0)
+        assert failures.raised == MAX_FAILURES * len(STAGES)
         failures.start(None)
         assert (snapshot.id, snapshot.manifest) == (calm.id, calm.manifest)
         assert not list(verify_snapshot(snapshot))
@@ -256,3 +292,32 @@ def test_retried_bundles_lose_nothing_and_double_nothing(
     letters = Counter(name for batch in snapshot.batches("dead") for name in batch["name"].to_pylist())
     assert letters == Counter(letter.name for letter in expected(letters_of))
     assert len(packed) + read.total() + stored.total() + letters.total() == RECORDS
+
+
+@pytest.mark.usefixtures("many_cells")
+def test_a_search_whose_bundles_are_retried_finds_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = images(4, count(600, 150), "full")
+    calm, _, said = searched(search_in(tmp_path / "calm"), found)
+    assert keepers(calm) == meaning(found)
+    monkeypatch.setattr(route, "plan_cells", plan_cells)
+    monkeypatch.setattr(deduplicate, "find_forest", find_forest)
+    monkeypatch.setattr(route, "components", components)
+    monkeypatch.setattr(deduplicate, "walk", walk)
+    monkeypatch.setattr(LocalStorage, "publish", publish)
+    for seed in range(count(10, 2)):
+        failures.start(seed, SEARCHING)
+        out = tmp_path / str(seed)
+        retried, _, said_then = searched(search_in(out), found, runner="BundleBasedDirectRunner")
+        assert failures.left == dict.fromkeys(SEARCHING, 0)
+        assert failures.raised == MAX_FAILURES * len(SEARCHING)
+        failures.start(None, SEARCHING)
+        assert (retried, said_then) == (calm, said)
+        for kind in (CellsRow, SearchRow):
+            rows, expected = (
+                set(Ledger(storage_of(str(folder)), kind).rows()) for folder in (out, tmp_path / "calm")
+            )
+            assert rows == expected and rows
+        again, compared, _ = searched(search_in(out), found)
+        assert again == calm and compared == 0

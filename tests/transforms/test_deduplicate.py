@@ -15,6 +15,7 @@ from shards.ledger import CellsRow, Ledger, SearchRow
 from shards.records import EmbeddedImage, Verdict
 from shards.snapshot import Destination
 from tests.embeddings.oracle import image, oracle
+from tests.proof.counts import count
 from transforms import deduplicate, route
 from transforms.deduplicate import FindNearDuplicates
 from transforms.route import Search
@@ -24,14 +25,15 @@ GROUPS = [
     Group(DuplicateRule("similar", cosine=0.95).thresholds),
     Group(DuplicateRule(cosine=0.93).thresholds, fixed=True),
 ]
+RUNNERS = ("BundleBasedDirectRunner", "FnApiRunner")
 
 
-def images(seed: int, count: int, source: str) -> list[EmbeddedImage]:
+def images(seed: int, num_images: int, source: str) -> list[EmbeddedImage]:
     rng = np.random.default_rng(seed)
     middles = np.random.default_rng(0).normal(size=(40, 16))
     hashes = np.random.default_rng(1).integers(0, 2**63, 40)
     made = []
-    for number in range(count):
+    for number in range(num_images):
         centre = rng.integers(40)
         phash = int(hashes[centre]) ^ sum(
             1 << int(b) for b in rng.choice(64, rng.integers(12), replace=False)
@@ -156,14 +158,18 @@ def test_a_second_run_looks_at_what_is_new(tmp_path: Path) -> None:
     assert keepers(verdicts) == meaning(left)
 
 
+@pytest.mark.proof
 @pytest.mark.usefixtures("many_cells")
 def test_order_and_runner_change_nothing(tmp_path: Path) -> None:
     found = images(4, 120, "full")
-    first, _, _ = run(search_in(tmp_path / "a"), found)
+    first, _, _ = run(search_in(tmp_path / "first"), found)
+    assert keepers(first) == meaning(found)
     rng = np.random.default_rng(0)
-    shuffled = [found[place] for place in rng.permutation(len(found))]
-    again, _, _ = run(search_in(tmp_path / "b"), shuffled, runner="BundleBasedDirectRunner")
-    assert again == first
+    for number in range(count(20, 6)):
+        shuffled = [found[place] for place in rng.permutation(len(found))]
+        runner = RUNNERS[number % len(RUNNERS)]
+        again, _, _ = run(search_in(tmp_path / str(number)), shuffled, runner=runner)
+        assert again == first
 
 
 @pytest.mark.usefixtures("many_cells")

@@ -246,6 +246,27 @@ def test_samples_live_and_die_with_their_images() -> None:
     assert merged.sample_id != kept.sample_id
 
 
+def test_keepers_take_the_places_of_their_duplicates() -> None:
+    fates = {
+        "a": fate("a"),
+        "b": fate("b"),
+        **{
+            f"lost {name}": fate(
+                f"lost {name}", fate="duplicate", keeper_id=image_id_of(name.encode()), same_pixels=True
+            )
+            for name in "ab"
+        },
+    }
+    for names in (
+        ["lost a", "b"],
+        ["b", "lost a"],
+        ["lost b", "a", "lost a"],
+        ["a", "lost b", "b", "lost b"],
+    ):
+        merged = resolve_sample(sample_of(names), [fates[name] for name in names], "merge", "drop")
+        assert list(merged.image_ids) == [image_id_of(name[-1:].encode()) for name in names]
+
+
 def test_equal_samples_collapse_to_the_first_by_origin() -> None:
     one, two, three = (
         resolve_sample(sample_of(["a"], number=n), [fate("a")], "merge", "drop")._replace(
