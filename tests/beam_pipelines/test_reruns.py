@@ -24,6 +24,7 @@ from shards.snapshot import Destination, Snapshot, open_snapshot
 from shards.storage import storage_of
 from shards.verify import verify_snapshot
 from synthesis.prompts import PROMPTS
+from tests.proof.counts import FULL
 from tests.scripted_vlm import scripted_server
 
 SMALL = "40KB"
@@ -204,6 +205,27 @@ def test_new_images_write_their_own_bytes_and_give_what_a_run_from_nothing_gives
     storage = storage_of(str(out))
     list(collect(storage, find_garbage(storage)))
     assert media(out) == media(tmp_path / "nothing")
+
+
+@pytest.mark.proof
+@pytest.mark.skipif(not FULL, reason="takes most of a minute: `make proof`")
+def test_a_hundredth_more_images_write_a_hundredth_more_media(tmp_path: Path) -> None:
+    """No more than three hundredths, packs and indexes together; none is written anew."""
+    folder, out, begun = tmp_path / "photos", tmp_path / "out", 300
+    folder.mkdir()
+
+    def run_with(numbers: range) -> dict[str, int]:
+        for number in numbers:
+            (folder / f"{number:03}.jpg").write_bytes(picture(number))
+        write_captions(folder, "a picture")
+        run(folder, out)
+        return media(out)
+
+    before = run_with(range(begun))
+    after = run_with(range(begun, begun + begun // 100))
+    assert len(before) > 20 and before.items() < after.items()
+    new_bytes = sum(after.values()) - sum(before.values())
+    assert 0 < new_bytes <= 0.03 * sum(before.values())
 
 
 def test_a_changed_caption_or_threshold_writes_no_media_byte(photos, tmp_path, work) -> None:
