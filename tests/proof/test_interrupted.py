@@ -357,7 +357,8 @@ class SmallDisk:
         return "" if said == "\n" else said.strip() or "no word of why"
 
     def resize(self, num_bytes: int) -> None:
-        assert not (complaint := self._told(f"mount -o remount,size={num_bytes}")), complaint
+        # With the device named, no option is repeated that was read back: such as an owner whom the namespace does not know.
+        assert not (complaint := self._told(f"mount -o remount,size={num_bytes} tmpfs")), complaint
 
     def used(self) -> int:
         status = os.statvfs(self.folder)
