@@ -36,7 +36,7 @@ test: setup  ## lint, types and tests
 	@$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-proof: setup  ## the tests whose full counts take too long for `make test`, which runs a part of each; an hour on two cores
+proof: setup test-tf  ## the tests whose full counts take too long for `make test`, which runs a part of each, and `make test-tf`; an hour on two cores
 	@$(MAKE) --no-print-directory hostile || echo "without apt-get a codec's own hostile images are left out"
 	SHARDMILL_PROOF=full $(BIN)/python -m pytest -n 2 --dist worksteal -m proof
 

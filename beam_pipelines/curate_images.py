@@ -45,7 +45,7 @@ from transforms.settle import SettleImages, SettleSamples
 from transforms.stored import KeepPacks, ReadStored
 from transforms.synthesise import Synthesise, Synthesised
 from transforms.tag import DropSeen, DropTagged, TagImages
-from transforms.write import CountShards, WriteMedia, WriteRows
+from transforms.write import CountRowShards, CountShards, WriteMedia, WriteRows
 
 
 def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.PCollection[str]:
@@ -188,7 +188,7 @@ def build(sources: beam.PCollection[Source], job: Job, model: Encoder) -> beam.P
         likely_made.dead,
         settled.dead,
     ) | "AllDead" >> beam.Flatten()
-    num_shards = named | "CountShards" >> CountShards(max_shard_bytes)
+    num_shards = {"images": named, "samples": settled.main} | "CountShards" >> CountRowShards(max_shard_bytes)
     rows = {"samples": settled.main, "decisions": decisions, "dead": dead, "tombstones": tombstones}
     written_rows = [
         {"rows": of_kind, "num_shards": num_shards} | f"Write{kind.title()}" >> WriteRows(kind, job.to)

@@ -98,7 +98,7 @@ class CurateOptions(BaseModel):
     seed: int = option(0, "Seed of --limit.", affects_bytes=True, group="Input and output")
     max_shard_size: ByteSize = option(
         ByteSize(512_000_000),
-        "Bytes of encoded images in one media shard, as 512MB or 1GiB.",
+        "Bytes of encoded images in a shard of media, or of conversations in a shard of samples, as 512MB or 1GiB.",
         affects_bytes=True,
         group="Input and output",
         ge=1,

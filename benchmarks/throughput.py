@@ -3,17 +3,24 @@
 python -m benchmarks.throughput --images 2048 --rounds 2
 
 The bare loop is what a user would write: fetch, decode, measure, encode in batches. Loading the model counts for neither. Beside them
-stands the whole job, which also compares, tags, resolves, writes and commits.
+stands the whole job, a first run, which also compares, tags, resolves, writes and commits, and what it spends on the ledger.
 """
 
 import argparse
+import contextlib
+import functools
 import hashlib
 import os
 import statistics
+import sys
 import tempfile
+import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import GeneratorType
+from typing import Any, Self
 from unittest import mock
 
 import apache_beam as beam
@@ -29,8 +36,9 @@ from embeddings.encoder import Encoder, EncoderSpec, load_encoder
 from images.decode import Limits, decode
 from images.fetch import Reach
 from images.web import WebOptions
+from shards import ledger
 from shards.ids import image_id_of
-from shards.ledger import Ledger
+from shards.ledger import Ledger, LedgerWriter
 from shards.records import MediaRef, Origin, SourceImage
 from shards.snapshot import Destination
 from transforms.embed import DecodedImage, DistinctReferences, EmbedImages, Reading, embed
@@ -71,6 +79,77 @@ def bare_loop(references: list[SourceImage], encoder: Encoder) -> tuple[float, f
         embed(encoder, decoded)
         encoding += time.perf_counter() - before
     return time.perf_counter() - started, encoding
+
+
+class LedgerClock:
+    """What a run spends on the ledger, in seconds of all its threads together, by part: what one part calls is not counted again.
+
+    Listing and reading segments, looking keys up, making keys, gathering rows, and putting them with their sync to disk.
+    """
+
+    METHODS = (
+        (Ledger, ("segments", "rows", "lookup", "matching", "put")),
+        (LedgerWriter, ("append", "flush")),
+    )
+    FUNCTIONS = (
+        ledger.read_segment,
+        ledger.ref_key,
+        ledger.image_key,
+        ledger.url_epoch,
+        ledger.note_url_epoch,
+    )
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self._lock, self._of_thread = threading.Lock(), threading.local()
+        self._patches = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        for owner, names in self.METHODS:
+            for name in names:
+                timed = self._timed(getattr(owner, name))
+                self._patches.enter_context(mock.patch.object(owner, name, timed))
+        for function in self.FUNCTIONS:
+            timed = self._timed(function)
+            for module in list(sys.modules.values()):
+                if vars(module).get(function.__name__) is function:
+                    self._patches.enter_context(mock.patch.object(module, function.__name__, timed))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patches.close()
+
+    def _timed(self, work: Any) -> Any:
+        name = work.__name__
+
+        @functools.wraps(work)
+        def timed(*arguments: Any, **more: Any) -> Any:
+            with self._counted(name):
+                made = work(*arguments, **more)
+            return self._items(name, made) if isinstance(made, GeneratorType) else made
+
+        return timed
+
+    def _items(self, name: str, made: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            with self._counted(name):
+                item = next(made, self)
+            if item is self:
+                return
+            yield item
+
+    @contextlib.contextmanager
+    def _counted(self, name: str) -> Iterator[None]:
+        if getattr(self._of_thread, "busy", False):
+            yield
+            return
+        self._of_thread.busy, started = True, time.perf_counter()
+        try:
+            yield
+        finally:
+            self._of_thread.busy = False
+            with self._lock:
+                self.seconds[name] += time.perf_counter() - started
 
 
 def through_pipeline(
@@ -123,7 +202,7 @@ def main() -> None:
         references = make_jpegs(folder, arguments.images)
         encoder = load_encoder(spec)
         bare_loop(references[:64], encoder)
-        ratios, whole = [], []
+        ratios, whole, shares = [], [], []
         for number in range(arguments.rounds):
             bare, encoding = bare_loop(references, encoder)
             piped, parts = through_pipeline(
@@ -131,7 +210,8 @@ def main() -> None:
             )
             started = time.perf_counter()
             options = {"input": [str(folder)], "output": f"{temporary}/out{number}", "device": spec.device}
-            curate(parse_options(options), console=Console(quiet=True))
+            with LedgerClock() as clock:
+                curate(parse_options(options), console=Console(quiet=True))
             job = time.perf_counter() - started
             ratios.append(bare / piped)
             whole.append(bare / job)
@@ -142,9 +222,18 @@ def main() -> None:
             print(f"  pipeline {per_image / piped:.1f} images/s, ratio {bare / piped:.3f}")
             for name, seconds in parts.items():
                 print(f"    {name}: {seconds:.1f} s, {seconds / piped:.1%}")
-            print(f"  whole job {per_image / job:.1f} images/s, ratio {bare / job:.3f}", flush=True)
+            print(f"  whole job {per_image / job:.1f} images/s, ratio {bare / job:.3f}")
+            spent = clock.seconds.total()
+            shares.append(spent / job)
+            parts_of_it = ", ".join(
+                f"{name} {seconds:.3f} s" for name, seconds in clock.seconds.most_common()
+            )
+            print(
+                f"    ledger, all its threads: {spent:.2f} s, {spent / job:.2%} ({parts_of_it})", flush=True
+            )
     print(f"\npipeline / bare loop: median {statistics.median(ratios):.3f}")
     print(f"whole job / bare loop: median {statistics.median(whole):.3f}")
+    print(f"ledger in a first run: median {statistics.median(shares):.2%} of the whole job")
 
 
 if __name__ == "__main__":

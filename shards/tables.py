@@ -170,20 +170,36 @@ def parquet_bytes(table: pa.Table, row_group_rows: int = ROW_GROUP_ROWS) -> byte
     return sink.getvalue()
 
 
+def samples_parquet(samples: Sequence[Sample]) -> bytes:
+    """The bytes of `parquet_bytes(samples_table(samples))`; beside the samples, one row group of them is in memory at a time."""
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, SAMPLE_SCHEMA, compression="zstd", write_page_checksum=True) as writer:
+        for start in range(0, len(samples) or 1, ROW_GROUP_ROWS):
+            writer.write_table(samples_table(samples[start : start + ROW_GROUP_ROWS]), ROW_GROUP_ROWS)
+    return sink.getvalue()
+
+
 def write_table(
     storage: Storage, token: str, table: pa.Table, kind: str, folder: str, shard: int
 ) -> ShardFile:
     """Write a table as `FOLDER/KIND-SHARD-HASH.parquet`."""
+    return _write_parquet(storage, token, parquet_bytes(table), table.num_rows, kind, folder, shard)
+
+
+def _write_parquet(
+    storage: Storage, token: str, data: bytes, num_rows: int, kind: str, folder: str, shard: int
+) -> ShardFile:
     with ContentNamedFile(storage, folder, f"{kind}-{shard:05d}-{{sha256}}.parquet", token) as file:
-        file.write(parquet_bytes(table))
+        file.write(data)
         path, sha256 = file.publish()
-    return ShardFile(kind, path, sha256, file.num_bytes, table.num_rows)
+    return ShardFile(kind, path, sha256, file.num_bytes, num_rows)
 
 
 def write_samples(storage: Storage, token: str, samples: Sequence[Sample], shard: int) -> list[ShardFile]:
     """Write the samples of one shard, in ascending order of id, as a table and as a pack of their documents with its index."""
     ordered = sorted(samples, key=lambda sample: (sample.sample_id, sample.provenance.generator))
-    table = write_table(storage, token, samples_table(ordered), "samples", "samples", shard)
+    data = samples_parquet(ordered)
+    table = _write_parquet(storage, token, data, len(ordered), "samples", "samples", shard)
     with PackWriter(storage, token, "samples", "conversations", shard) as pack:
         previous = b""
         for sample in ordered:

@@ -1,6 +1,7 @@
 """The rooms and who may import whom, read from the code itself."""
 
 import ast
+import importlib
 import resource
 import subprocess
 import sys
@@ -85,6 +86,17 @@ def test_setup_lists_every_package_and_imports_nothing_of_ours() -> None:
     folders = {path.parent for room in ROOMS for path in files_of(room)}
     assert sorted(listed) == sorted(".".join(folder.relative_to(REPOSITORY).parts) for folder in folders)
     assert imports_of(REPOSITORY / "setup.py") == {"setuptools"}
+
+
+def test_what_is_tested_beside_tensorflow_is_there() -> None:
+    """Those tests have an environment of their own, so that the normal ones never load them."""
+    tree = ast.parse((REPOSITORY / "tests" / "tensorflow" / "test_tf.py").read_text())
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    ours = [node for node in imports if str(node.module).startswith(("shards.", "tests.made"))]
+    assert len(ours) > 4
+    for node in ours:
+        module = importlib.import_module(str(node.module))
+        assert all(hasattr(module, alias.name) for alias in node.names), node.module
 
 
 def test_help_is_quick_and_loads_neither_torch_nor_beam() -> None:

@@ -13,12 +13,13 @@ import apache_beam as beam
 import pyarrow as pa
 from apache_beam.metrics import Metrics
 from apache_beam.pvalue import AsSingleton, TaggedOutput
+from apache_beam.transforms.combiners import TupleCombineFn
 from apache_beam.typehints.decorators import no_annotations
 
 from images.fetch import Reach
 from shards import tables
 from shards.errors import BadData
-from shards.ids import digest, shard_of
+from shards.ids import digest, sample_document, shard_of
 from shards.ledger import Ledger, RefRow, ref_key
 from shards.packs import ToPack, num_shards_for, write_media
 from shards.records import DeadLetter, Decision, NamedImage, Sample, ShardFile
@@ -31,7 +32,7 @@ STAGE = "write"
 
 @dataclass
 class CountShards(beam.PTransform):
-    """PCollection[NamedImage] -> one int: into how many shards so many bytes of images, or what names them, are divided."""
+    """PCollection[NamedImage] -> one int: into how many shards so many bytes of images are divided."""
 
     max_shard_bytes: int
 
@@ -42,6 +43,41 @@ class CountShards(beam.PTransform):
             | "Total" >> beam.CombineGlobally(sum)
             | "NumShards" >> beam.Map(num_shards_for, self.max_shard_bytes).with_output_types(int)
         )
+
+
+@dataclass
+class CountRowShards(beam.PTransform):
+    """{images, samples} -> one int: into how many shards samples, and rows of other kinds, are divided.
+
+    As many as the NamedImages need that the snapshot holds, so that a sample lies in the shard of its first image; more, where the
+    documents of the Samples need more: text alone would else be one shard, in the memory of one worker.
+    """
+
+    max_shard_bytes: int
+
+    @no_annotations
+    def expand(self, inputs: dict[str, beam.PCollection]) -> beam.PCollection[int]:
+        both = beam.typehints.Tuple[int, int]
+        sizes = (
+            inputs["images"]
+            | "Sizes" >> beam.Map(lambda image: (image.num_bytes, 0)).with_output_types(both),
+            inputs["samples"]
+            | "Documents" >> beam.Map(lambda sample: (0, document_bytes(sample))).with_output_types(both),
+        )
+        return (
+            sizes
+            | "AllSizes" >> beam.Flatten()
+            | "Total" >> beam.CombineGlobally(TupleCombineFn(sum, sum))
+            | "NumShards"
+            >> beam.Map(lambda totals: num_shards_for(max(totals), self.max_shard_bytes)).with_output_types(
+                int
+            )
+        )
+
+
+def document_bytes(sample: Sample) -> int:
+    """Bytes of what a pack of conversations holds of a sample."""
+    return len(sample_document(sample.image_ids, sample.conversation))
 
 
 def pack_images(
@@ -130,7 +166,7 @@ def _letter_order(letter: DeadLetter) -> tuple[str, str, int, str, str, bytes]:
 
 
 def samples_shard(sample: Sample) -> bytes:
-    """What a sample is sharded by: its first image, so that it lies in the shard of the same number; else its own id."""
+    """What a sample is sharded by: its first image, so that it lies in the shard of the same number, or in a part of that; else its own id."""
     return sample.image_ids[0] if sample.image_ids else sample.sample_id
 
 

@@ -14,6 +14,7 @@ from beam_pipelines.curate_images import curate
 from beam_pipelines.options import parse_options
 from embeddings.encoder import load_encoder
 from shards import collect
+from shards.crash import CRASH_POINTS
 from shards.dataset import open_dataset
 from shards.errors import RunFailed
 from shards.ids import image_id_of
@@ -22,6 +23,7 @@ from shards.storage import Storage, storage_of
 from shards.verify import verify_snapshot
 from tests.forked import forked
 from tests.loopback_gcs import LoopbackGcs
+from tests.proof.counts import some
 from transforms import commit as commit_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -171,6 +173,34 @@ def test_a_job_in_a_bucket_crashes_resumes_races_and_is_read(
     assert "match" in said(capfd, "verify", f"{out}@{first.id[:10]}", code=2)
     assert len(list(storage.walk("media"))) == 2
     assert scratch() == crashed_left
+
+
+CRASHES = [
+    *CRASH_POINTS,
+    "temp.half:3",
+    "fsync.after:2",
+    "rename.after:2",
+    "rename.after:6",
+    "ledger.after:2",
+]
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("crash_at", some(CRASHES, 1, seed=1))
+def test_a_job_in_a_bucket_that_ends_at_a_crash_point(
+    gcs: LoopbackGcs, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash_at: str
+) -> None:
+    """A rerun gives what a local folder holds, and nothing is left over."""
+    out = f"gs://{gcs.bucket}/out"
+    storage, local = storage_of(out), storage_of(str(tmp_path / "calm"))
+    calm = mill(folder, local.root)
+    assert forked(lambda: crashing(folder, out), crash_at) == 137
+    assert read_current(storage).snapshot == (calm.id if crash_at == "current.after" else "")
+    again = mill(folder, out)
+    assert again.id == calm.id and not list(verify_snapshot(again))
+    monkeypatch.setattr(collect, "SAFE_AGE_S", -60.0)
+    list(collect.collect(storage, collect.find_garbage(storage)))
+    assert objects(storage) == objects(local) and not list(storage.walk(".staging"))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,17 +20,21 @@ from beam_pipelines.curate_images import curate
 from beam_pipelines.options import parse_options
 from beam_pipelines.planting import BROKEN, CHANGES, flatten, invoice, png
 from images.fetch import Fetcher
+from shards.compact import compact
 from shards.errors import BadData, BadRequest, RunFailed
 from shards.files import uri_of
 from shards.ids import image_id_of
-from shards.records import MediaRef
-from shards.snapshot import Snapshot, commit, open_snapshot
+from shards.packs import num_shards_for, read_index
+from shards.records import MediaRef, ShardFile
+from shards.snapshot import Destination, Snapshot, commit, open_snapshot
+from shards.tables import read_samples
 from shards.verify import verify_snapshot
 from tests.proof import changes
 from tests.proof.counts import FULL
 from tests.proof.nursery import Child
 from transforms import commit as commit_stage
 from transforms import read
+from transforms.write import document_bytes
 
 MODULE = "beam_pipelines.curate_images"
 ROOT = Path(__file__).parents[2]
@@ -323,6 +328,25 @@ def test_worker_processes_and_another_hash_seed_give_the_same_bytes(
     assert "next: shardmill report" in done.output
 
 
+def shards_of_samples(snapshot: Snapshot) -> dict[bytes, tuple[int, int]]:
+    """By id of each sample that has images, the numbers of its own shard and of its first image's."""
+    shard_of_image = {
+        row.tobytes(): number_of(index)
+        for index in snapshot.files("media_index")
+        for row in read_index(snapshot.storage, index.path)["id"]
+    }
+    return {
+        sample.sample_id: (number_of(file), shard_of_image[sample.image_ids[0]])
+        for file in snapshot.manifest.samples
+        for sample in read_samples(snapshot.storage, file.path)
+        if sample.image_ids
+    }
+
+
+def number_of(file: ShardFile) -> int:
+    return int(Path(file.path).name.split("-")[1])
+
+
 def test_small_shards_hold_the_same_images(inputs: list[str], snapshot: Snapshot, tmp_path: Path) -> None:
     small = run(inputs, tmp_path / "out", max_shard_size="60KB")
     assert len(small.manifest.media) > 3 and len(small.manifest.samples) > 1
@@ -333,6 +357,43 @@ def test_small_shards_hold_the_same_images(inputs: list[str], snapshot: Snapshot
     assert sorted(s.sample_id for s in small.samples()) == sorted(s.sample_id for s in snapshot.samples())
     for pack in small.manifest.media:
         assert pack.num_bytes <= 61_000 or pack.num_records == 1
+    shards = shards_of_samples(small)
+    assert shards and all(own == of_image for own, of_image in shards.values())
+
+
+def test_much_text_lies_in_more_shards_than_its_images(tmp_path: Path, corpus: list[Path]) -> None:
+    """As many as the texts need, whatever their order and whether a run is the first; a shard of images is told in several of samples."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    records: list[dict[str, Any]] = []
+    for number, path in enumerate(sorted(corpus, key=lambda path: path.stat().st_size)[60:66]):
+        shutil.copy(path, folder)
+        turns = [("human", "<image>\nWhat is it?"), ("gpt", f"{number} and so on. " * 700)]
+        records.append({"image": path.name, "conversations": turns})
+    for number in range(24):
+        turns = [("human", f"What of {number}?"), ("gpt", f"{number} and no more. " * 500)]
+        records.append({"conversations": turns})
+    for record in records:
+        record["conversations"] = [{"from": who, "value": text} for who, text in record["conversations"]]
+    told = folder / "texts.json"
+    told.write_text(json.dumps(records))
+    texts = run([str(told)], tmp_path / "out", max_shard_size="20KB")
+    samples = list(texts.samples())
+    for one_kind in (texts.manifest.samples, texts.manifest.conversations):
+        assert len(one_kind) > 8 and max(file.num_records for file in one_kind) < 6
+    num_bytes = sum(document_bytes(sample) for sample in samples)
+    shards, num_shards = shards_of_samples(texts), num_shards_for(num_bytes, 20_000)
+    num_of_images = num_shards_for(sum(file.num_bytes for file in texts.manifest.media), 20_000)
+    assert 1 < num_of_images < num_shards and len(samples) == 30 and len(shards) == 6
+    assert all(own * num_of_images // num_shards == of_image for own, of_image in shards.values())
+    assert run([str(told)], tmp_path / "out", max_shard_size="20KB").manifest == texts.manifest
+    compact(Destination(str(tmp_path / "out"), "compaction"))
+    assert open_snapshot(str(tmp_path / "out")).manifest.files() == texts.manifest.files()
+    told.write_text(json.dumps(records[::-1]))
+    shuffled = run([str(told)], tmp_path / "shuffled", max_shard_size="20KB")
+    assert [file.num_records for file in shuffled.manifest.samples] == [
+        file.num_records for file in texts.manifest.samples
+    ]
 
 
 def test_an_empty_folder_gives_a_valid_empty_snapshot(tmp_path: Path) -> None:

@@ -23,6 +23,9 @@ from shards.ledger import Ledger, RefRow
 from shards.snapshot import Destination, Snapshot, open_snapshot
 from shards.storage import storage_of
 from shards.verify import verify_snapshot
+from synthesis.prompts import PROMPTS
+from tests.proof.counts import FULL
+from tests.scripted_vlm import scripted_server
 
 SMALL = "40KB"
 
@@ -204,6 +207,27 @@ def test_new_images_write_their_own_bytes_and_give_what_a_run_from_nothing_gives
     assert media(out) == media(tmp_path / "nothing")
 
 
+@pytest.mark.proof
+@pytest.mark.skipif(not FULL, reason="takes most of a minute: `make proof`")
+def test_a_hundredth_more_images_write_a_hundredth_more_media(tmp_path: Path) -> None:
+    """No more than three hundredths, packs and indexes together; none is written anew."""
+    folder, out, begun = tmp_path / "photos", tmp_path / "out", 300
+    folder.mkdir()
+
+    def run_with(numbers: range) -> dict[str, int]:
+        for number in numbers:
+            (folder / f"{number:03}.jpg").write_bytes(picture(number))
+        write_captions(folder, "a picture")
+        run(folder, out)
+        return media(out)
+
+    before = run_with(range(begun))
+    after = run_with(range(begun, begun + begun // 100))
+    assert len(before) > 20 and before.items() < after.items()
+    new_bytes = sum(after.values()) - sum(before.values())
+    assert 0 < new_bytes <= 0.03 * sum(before.values())
+
+
 def test_a_changed_caption_or_threshold_writes_no_media_byte(photos, tmp_path, work) -> None:
     out = tmp_path / "out"
     first = run(photos, out)
@@ -215,6 +239,35 @@ def test_a_changed_caption_or_threshold_writes_no_media_byte(photos, tmp_path, w
     assert media(out) == before and work.fetched == []
     assert len({first.id, second.id, third.id}) == 3
     assert content(third) == content(run(photos, tmp_path / "nothing", tag_min_score=0.5))
+
+
+def test_a_changed_prompt_writes_samples_and_no_media_byte(begun, tmp_path, work) -> None:
+    photos, out, _ = begun
+    before = media(out)
+    prompts = tmp_path / "prompts" / "question"
+    prompts.mkdir(parents=True)
+    text = (PROMPTS / "question" / "v1.j2").read_text()
+    (prompts / "v2.j2").write_text(text.replace("version: v1", "version: v2") + "\nAsk politely.\n")
+
+    def asks(kind: str, text: str, seen: str) -> str | None:
+        polite = kind == "question" and "Ask politely." in text
+        return f"Which color, please, is most of picture {seen[:4]}?" if polite else None
+
+    with scripted_server(asks) as server:
+        options = {"vlm_base_url": [server.url], "max_samples": 6}
+        first = run(photos, out, **options)
+        later = run(photos, out, **options, prompts=str(prompts.parent), prompt_version=["question=v2"])
+    assert media(out) == before and later.manifest.media == first.manifest.media
+    assert (work.fetched, work.embedded) == ([], 0)
+
+    def written(snapshot: Snapshot) -> tuple[set[bytes], set[bytes]]:
+        samples = list(snapshot.samples())
+        collected = {sample.sample_id for sample in samples if sample.provenance.generator == "source"}
+        return collected, {sample.sample_id for sample in samples} - collected
+
+    (collected, made), (collected_later, made_later) = written(first), written(later)
+    assert first.id != later.id and collected == collected_later
+    assert made and made_later and not made & made_later
 
 
 def test_a_pack_of_which_nothing_is_named_leaves_and_a_lost_one_is_written_again(photos, tmp_path) -> None:

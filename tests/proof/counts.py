@@ -1,4 +1,4 @@
-"""How often the proofs are tried: all of it by `make proof`, a seeded tenth or less by `make test`."""
+"""How often the proofs are tried: all of it by `make proof`, by `make test` the seeded share that CONTRIBUTING.md gives reasons for."""
 
 import os
 import random

@@ -90,7 +90,7 @@ def race(out: Path, folder: Path, me: str, other: str, base: str) -> None:
         os._exit(3)
 
 
-@pytest.mark.parametrize("number", range(count(50, 3)))
+@pytest.mark.parametrize("number", range(count(50, 5)))
 def test_of_two_commits_at_once_one_wins(tmp_path: Path, number: int) -> None:
     out = tmp_path / "out"
     base = made(out, "before", "before").snapshot_id if number % 2 else ""
@@ -117,7 +117,7 @@ def test_readers_find_whole_snapshots_while_others_are_committed(tmp_path: Path)
     out, stop, told = tmp_path / "out", tmp_path / "stop", tmp_path / "told"
     base = made(out, "0", "0").snapshot_id
     reader = call(read_on, out, stop, told)
-    for number in range(1, count(500, 40)):
+    for number in range(1, count(500, 50)):
         base = made(out, str(number % 3), f"run{number}", base).snapshot_id
     stop.touch()
     reader.join()

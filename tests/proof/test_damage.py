@@ -61,7 +61,7 @@ def flips(snapshot: Snapshot, file: ShardFile) -> Iterator[Damaged]:
     starts = edges(snapshot, file)
     chance = random.Random(file.path)
     for at in range(len(data)):
-        if chance.random() < count(1, 0.2 if file.kind in PACKS else 0.03):
+        if chance.random() < count(1, 0.2 if file.kind in PACKS else 0.1):
             bits = range(1, 256) if at == 0 and FULL else [chance.randrange(1, 256)]
             for bit in bits:
                 flipped = bytes([data[at] ^ bit])
@@ -133,7 +133,7 @@ def test_a_whole_verification_names_the_one_damaged_file(snapshot: Snapshot) -> 
         (file,) = snapshot.files(kind)
         path = Path(snapshot.storage.root) / file.path
         whole = path.read_bytes()
-        for _ in range(count(200, 2)):
+        for _ in range(count(200, 20)):
             at = chance.randrange(len(whole))
             path.write_bytes(whole[:at] + bytes([whole[at] ^ chance.randrange(1, 256)]) + whole[at + 1 :])
             (fault,) = verify_snapshot(open_snapshot(snapshot.storage.root))

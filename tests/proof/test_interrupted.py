@@ -1,11 +1,14 @@
 """Runs that are killed, refused space, or met by another: what stood still stands, and a rerun gives the same bytes."""
 
+import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import time
@@ -328,36 +331,72 @@ def test_worker_processes_give_the_same_bytes(world: World, tmp_path: Path, work
     assert_as_undisturbed(out, world.first)
 
 
+class SmallDisk:
+    """A disk in memory, mounted by a shell that has namespaces of its own where `into` gives it such; others reach it through /proc."""
+
+    def __init__(self, place: Path, into: str) -> None:
+        self._place = place
+        self._shell = subprocess.Popen(
+            ["sh", "-c", f"exec {into} sh"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.folder = Path(f"/proc/{self._shell.pid}/root{place}")
+        self.complaint = self._told("mount -t tmpfs -o size=64m tmpfs")
+
+    def _told(self, command: str) -> str:
+        """What the command complains of."""
+        assert self._shell.stdin and self._shell.stdout
+        with contextlib.suppress(BrokenPipeError):
+            self._shell.stdin.write(f"{command} {shlex.quote(str(self._place))} && echo; echo end\n")
+            self._shell.stdin.flush()
+        lines = itertools.takewhile(lambda line: line != "end\n", self._shell.stdout)
+        said = "".join(lines)
+        return "" if said == "\n" else said.strip() or "no word of why"
+
+    def resize(self, num_bytes: int) -> None:
+        # With the device named, no option is repeated that was read back: such as an owner whom the namespace does not know.
+        assert not (complaint := self._told(f"mount -o remount,size={num_bytes} tmpfs")), complaint
+
+    def used(self) -> int:
+        status = os.statvfs(self.folder)
+        return (status.f_blocks - status.f_bfree) * status.f_frsize
+
+    def close(self) -> None:
+        if not self.complaint:
+            assert not (complaint := self._told("umount -l")), complaint
+        self._shell.communicate()
+
+
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A mount point whose size is set by `resize`."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.decode().strip()}")
-    yield disk
-    subprocess.run(["umount", "-l", disk], check=True)
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    place = tmp_path / "disk"
+    place.mkdir()
+    complaints = []
+    for into in ("unshare --map-root-user --mount", ""):
+        disk = SmallDisk(place, into)
+        if not disk.complaint:
+            yield disk
+            disk.close()
+            return
+        disk.close()
+        complaints.append(disk.complaint)
+    pytest.skip(f"a small disk needs namespaces of users, or root: {'; '.join(complaints)}")
 
 
-def resize(disk: Path, num_bytes: int) -> None:
-    subprocess.run(["mount", "-o", f"remount,size={num_bytes}", disk], check=True)
-
-
-def used(disk: Path) -> int:
-    status = os.statvfs(disk)
-    return (status.f_blocks - status.f_bfree) * status.f_frsize
-
-
-def test_a_full_disk_fails_the_run_and_what_stood_stands(world: World, small_disk: Path) -> None:
+def test_a_full_disk_fails_the_run_and_what_stood_stands(
+    world: World, small_disk: SmallDisk, tmp_path: Path
+) -> None:
     situation = world.changed
-    out = situation.prepare(small_disk / "out")
-    before = used(small_disk)
+    out = situation.prepare(small_disk.folder / "out")
+    before = small_disk.used()
     rooms = [0, 1, 2, 4, 8, 12, 16, 24, 32, 48]
     for room in some(rooms, 1, seed=2):
-        resize(small_disk, before + room * os.sysconf("SC_PAGE_SIZE"))
+        small_disk.resize(before + room * os.sysconf("SC_PAGE_SIZE"))
         done = Child(
-            small_disk.with_suffix(".log"),
+            tmp_path / "log",
             [str(out) if word == "OUT" else word for word in situation.command],
         ).wait()
         if done.code == 0:
@@ -368,9 +407,9 @@ def test_a_full_disk_fails_the_run_and_what_stood_stands(world: World, small_dis
         assert "No space left on device" in done.complaint[0] and "Traceback" not in done.output
         assert id_of(out) == id_of(situation.start or out)
         assert_whole(out, situation)
-        before = used(small_disk)
+        before = small_disk.used()
     if FULL:
-        resize(small_disk, 64 << 20)
+        small_disk.resize(64 << 20)
         finish(situation.command, out)
         assert_as_undisturbed(out, situation)
 

@@ -33,6 +33,7 @@ from shards.verify import verify_snapshot
 from tests.forked import forked
 from tests.loopback_gcs import LoopbackGcs
 from tests.made_snapshots import a_sample, commit_made, write_pack
+from tests.proof.counts import count
 
 REPOSITORY = Path(__file__).parent.parent.parent
 # A race of twenty, or a crash, must not wait for the client's back-off, which begins at a second.
@@ -467,9 +468,10 @@ def test_after_a_crash_readers_see_old_or_new_and_a_rerun_gives_what_a_local_fol
     assert not list(verify_snapshot(open_snapshot(calm.root)))
 
 
+@pytest.mark.proof
 def test_of_two_commits_from_one_base_one_wins(gcs: LoopbackGcs, storage: Storage) -> None:
     base = commit_first(storage.root).snapshot_id
-    for race in range(10):
+    for race in range(count(50, 10)):
         start, outcomes = threading.Barrier(2), dict[str, str]()
 
         def run(

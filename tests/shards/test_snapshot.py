@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from shards import tables
 from shards.collect import pin
 from shards.errors import BadRequest, CommitConflict, CorruptShard
 from shards.ids import image_id_of
@@ -60,6 +61,14 @@ def test_what_is_committed_can_be_opened_and_read(tmp_path: Path) -> None:
     assert snapshot.table("dead").num_rows == 0
     assert not list(verify_snapshot(snapshot))
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "CURRENT", "media", "samples", "snapshots"]
+
+
+def test_a_table_is_written_by_row_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [a_sample([], [("human", str(number))]) for number in range(5)] + samples()
+    monkeypatch.setattr(tables, "ROW_GROUP_ROWS", 3)
+    for number in (0, 2, 3, 7):
+        whole = tables.parquet_bytes(tables.samples_table(made[:number]), 3)
+        assert tables.samples_parquet(made[:number]) == whole
 
 
 def test_a_retried_commit_is_a_success(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.example_proto import Example, example_bytes
-from shards.export import export_joined_tfrecord
+from shards.export import export_snapshot
 from shards.packs import PackWriter
-from shards.records import FROM_SOURCE, Origin, Sample, Tag, Turn
+from shards.records import Sample, Tag
+from shards.snapshot import open_snapshot
 from shards.storage import storage_of
 from shards.tfrecord import frame, read_records
+from tests.made_snapshots import a_sample, commit_made
 from tests.tensorflow.make_golden import EXAMPLES, GOLDEN, RECORDS, described, example, tfrecord
 
 VALUES = {
@@ -91,18 +92,14 @@ def test_a_joined_export_is_read_as_its_users_read_it(tmp_path) -> None:
     media = {hashlib.sha256(encoded).digest(): encoded for encoded in (b"one", b"two")}
 
     def sample(image_ids: list[bytes], tags: list[Tag]) -> Sample:
-        turns = [Turn("human", "<image>" * len(image_ids) + "é?"), Turn("gpt", "日本語")]
-        origin = Origin(0, "s", "n", 0)
-        return Sample(bytes(32), image_ids, turns, tags, origin, [], "CC0-1.0", "", 1.0, "{}", FROM_SOURCE)
+        turns = [("human", "<image>" * len(image_ids) + "é?"), ("gpt", "日本語")]
+        return a_sample(image_ids, turns, tags=tags)
 
     samples = [sample(list(media), [Tag("fox", 900), Tag("é", -5)]), sample([], []), sample([*media][:1], [])]
-    snapshot = SimpleNamespace(
-        media=SimpleNamespace(read=media.get),
-        manifest=SimpleNamespace(samples=["only"]),
-        samples_of=lambda file: iter(samples),
-    )
-    assert export_joined_tfrecord(snapshot, tmp_path).num_records == 3
-    (path,) = tmp_path.iterdir()
+    commit_made(tmp_path / "out", media.values(), samples)
+    exported = export_snapshot(open_snapshot(str(tmp_path / "out")), "joined-tfrecord", tmp_path / "joined")
+    assert exported.num_records == 3
+    (path,) = (tmp_path / "joined").glob("*.tfrecord")
     spec = {
         "image/encoded": tf.io.RaggedFeature(tf.string),
         "conversations": tf.io.FixedLenFeature([], tf.string),
@@ -110,13 +107,17 @@ def test_a_joined_export_is_read_as_its_users_read_it(tmp_path) -> None:
         "tags/score_milli": tf.io.RaggedFeature(tf.int64),
         "license": tf.io.FixedLenFeature([], tf.string),
     }
-    rows = [tf.io.parse_single_example(data, spec) for data in tf.data.TFRecordDataset(str(path))]
-    assert [row["image/encoded"].numpy().tolist() for row in rows] == [[b"one", b"two"], [], [b"one"]]
-    assert [row["tags/score_milli"].numpy().tolist() for row in rows] == [[900, -5], [], []]
+    data = [row.numpy() for row in tf.data.TFRecordDataset(str(path))]
+    order = [samples.index(one) for one in sorted(samples)]
+    rows = {number: tf.io.parse_single_example(one, spec) for number, one in zip(order, data, strict=True)}
+    pictures = {number: row["image/encoded"].numpy().tolist() for number, row in rows.items()}
+    assert pictures == {0: [b"one", b"two"], 1: [], 2: [b"one"]}
+    scores = {number: row["tags/score_milli"].numpy().tolist() for number, row in rows.items()}
+    assert scores == {0: [900, -5], 1: [], 2: []}
     assert rows[0]["tags/name"].numpy().tolist() == [b"fox", "é".encode()]
     assert json.loads(rows[1]["conversations"].numpy())[1] == {"from": "gpt", "value": "日本語"}
-    batch = tf.io.parse_example([row.numpy() for row in tf.data.TFRecordDataset(str(path))], spec)
-    assert batch["tags/score_milli"].to_list() == [[900, -5], [], []]
+    batch = tf.io.parse_example(data, spec)
+    assert batch["tags/score_milli"].to_list() == [scores[number] for number in order]
 
 
 def test_the_golden_bytes_are_those_of_this_tensorflow() -> None:

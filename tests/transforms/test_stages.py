@@ -69,7 +69,13 @@ from transforms.spool import SpoolImages
 from transforms.stored import KeepPacks, ReadStored
 from transforms.synthesise import Synthesise
 from transforms.tag import TagImages, TagRule, best_tags, class_tags
-from transforms.write import CountShards, WriteMedia, WriteRows, pack_images
+from transforms.write import (
+    CountRowShards,
+    CountShards,
+    WriteMedia,
+    WriteRows,
+    pack_images,
+)
 
 
 def png(colour: tuple[int, int, int], size: tuple[int, int] = (8, 8)) -> bytes:
@@ -454,6 +460,26 @@ def test_number_of_shards() -> None:
     assert [num_shards_for(n, 100) for n in (0, 1, 100, 101, 200, 201, 400, 401)] == [1, 1, 1, 2, 2, 4, 4, 8]
 
 
+@pytest.mark.parametrize(
+    ("image_bytes", "words", "shards"),
+    [([], [], 1), ([70, 70, 70, 70], ["a"], 4), ([70], ["a" * 150] * 3, 8), ([], ["a" * 150] * 3, 8)],
+)
+def test_samples_lie_in_as_many_shards_as_images_or_texts_need(
+    image_bytes: list[int], words: list[str], shards: int
+) -> None:
+    images = [
+        NamedImage(bytes([number]) * 32, source_image("x"), size, [], "")
+        for number, size in enumerate(image_bytes)
+    ]
+    samples = [resolve_sample(sample_of([], [Turn("gpt", word)]), [], "drop", "drop") for word in words]
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        inputs = {
+            "images": pipeline | "Images" >> beam.Create(images),
+            "samples": pipeline | "Samples" >> beam.Create(samples),
+        }
+        assert_that(inputs | CountRowShards(100), equal_to([shards]))
+
+
 def named(folder: Path, data: bytes, name: str) -> NamedImage:
     (folder / name).write_bytes(data)
     return NamedImage(image_id_of(data), source_image(name, uri=str(folder / name)), len(data), [], "")
@@ -542,6 +568,7 @@ def test_transforms_survive_pickling() -> None:
         ResolveSamples(),
         NameImages(),
         CountShards(100),
+        CountRowShards(100),
         WriteMedia(to, REACH, 100),
         WriteRows("dead", to),
         SettleSamples(),
