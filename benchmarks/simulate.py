@@ -43,6 +43,9 @@ CALIBRATED_ON, FIXED_BY = 10_000, 100
 SEARCHES_UP_TO = 100_000
 UNROUNDED = 512
 """Rows of a bucket up to which blocks are of one size (`embeddings.forest`)."""
+DIMENSIONS = 1280
+_WITH_VECTORS = frozenset({"ledger", "same bytes"})
+"""Stages beside the search that send each image's vector once."""
 EDGE_BYTES, JOINED_BYTES = 100, 32
 """What `embeddings.forest.components` takes for an edge, and every worker holds of an image that has a duplicate."""
 
@@ -89,7 +92,7 @@ class Workload(NamedTuple):
 
     images: float
     encoded_bytes: float = 100_000
-    dimensions: int = 1280
+    dimensions: int = DIMENSIONS
     phash_bits: int = 8
     duplicates: float = 0.05
     decode_ms: float = 0.0
@@ -427,9 +430,10 @@ def stages_of(
     kept = images * (1 - load.duplicates)
 
     def linear(name: str, count: float = images) -> Cost:
-        return Cost(
-            costs.fixed[name] + costs.each[name] * count, shuffled=costs.shuffled.get(name, 0) * count
-        )
+        # What was measured had vectors of `DIMENSIONS`.
+        more = 2 * (load.dimensions - DIMENSIONS) if name in _WITH_VECTORS else 0
+        sent = costs.shuffled.get(name, 0) + more
+        return Cost(costs.fixed[name] + costs.each[name] * count, shuffled=sent * count)
 
     searched = search_work(load, curve, costs, planned)
     vector = 2 * load.dimensions + SIGNATURE_BYTES
@@ -652,12 +656,12 @@ def error_rows(costs: Costs, path: Path = MEASURED) -> list[tuple[str, float, fl
     rows = []
     for job in found["jobs"]:
         images = job["images"]
-        load = Workload(images, job["encoded_bytes"], duplicates=job["copies"] / images)
+        load = Workload(images, job["encoded_bytes"], job["dimensions"], duplicates=job["copies"] / images)
         stages = stages_of(load, costs, measured_curve(images, load.dimensions, path), known=True)
         calibrated = images in (CALIBRATED_ON, FIXED_BY) and job["encoded_bytes"] == 4096
         predicted = sum(stage.cpu_s + stage.alone_s for stage in stages.values())
         measured = job["launcher_cpu_s"] + sum(cpu for cpu, _ in job["stages"].values())
-        name = f"job of {images:,} references of {job['encoded_bytes']:,} bytes"
+        name = f"job of {images:,} references of {job['encoded_bytes']:,} bytes, {job['dimensions']:,} d"
         rows.append((f"{name}, CPU s", measured, predicted, calibrated))
         sent = sum(stage.shuffled for stage in stages.values())
         rows.append(

@@ -36,7 +36,7 @@ from beam_pipelines.options import parse_options
 from beam_pipelines.sources import find_sources
 from benchmarks.machine import describe
 from benchmarks.search import draw, in_own_process, peak_bytes, sample_of
-from benchmarks.simulate import drawn_curve
+from benchmarks.simulate import DIMENSIONS, drawn_curve
 from benchmarks.throughput import make_jpegs
 from embeddings.buckets import Buckets, join_duplicates
 from embeddings.cell_plan import brute_force, plan_cells
@@ -53,7 +53,7 @@ from transforms.embed import DecodedImage, embed, image_row
 from transforms.filesystems import fetcher_of
 from transforms.read import take_samples
 
-DIMENSIONS, CLASSES = 1280, 1000
+CLASSES = 1000
 PER_TAR = 10_000
 WARMED_BY = 8_000
 """Images that a process searches before it is measured: fresh memory takes longer than small searches."""
@@ -86,6 +86,7 @@ class JobCost(NamedTuple):
 
     images: int
     encoded_bytes: int
+    dimensions: int
     stages: dict[str, Stage]
     launcher_cpu_s: float
     plan_listing_cpu_s: float
@@ -191,11 +192,11 @@ def write_tars(folder: Path, count: int, encoded_bytes: int) -> None:
                     tar.addfile(member, BytesIO(data))
 
 
-def write_ledger(folder: Path, known: Path, count: int) -> None:
+def write_ledger(folder: Path, known: Path, count: int, dimensions: int) -> None:
     """What a run would have noted of these references had it decoded and embedded them."""
     encoder = load_encoder(EncoderSpec())
     storage = storage_of(str(known))
-    drawn = draw_facts(count, DIMENSIONS)
+    drawn = draw_facts(count, dimensions)
     (source,) = find_sources(parse_options({"input": [f"{folder}/*.tar"], "output": str(known)}))
     fetcher = fetcher_of(Reach(WebOptions()))
     scores = np.random.default_rng(3).dirichlet(np.full(CLASSES, 0.01), 64).astype(np.float16)
@@ -217,13 +218,13 @@ def write_ledger(folder: Path, known: Path, count: int) -> None:
             refs, rows = [], []
 
 
-def job_cost(count: int, encoded_bytes: int) -> JobCost:
+def job_cost(count: int, encoded_bytes: int, dimensions: int) -> JobCost:
     """The main job over synthetic references that its ledger knows."""
     with tempfile.TemporaryDirectory() as temporary:
         folder, known, out = (Path(temporary) / name for name in ("in", "known", "out"))
         folder.mkdir()
         write_tars(folder, count, encoded_bytes)
-        write_ledger(folder, known, count)
+        write_ledger(folder, known, count, dimensions)
         options = {"input": [f"{folder}/*.tar"], "output": str(out), "reuse_from": [str(known)]}
         meter, listing = Meter(), 0.0
         whole = preparation.image_origins
@@ -252,7 +253,9 @@ def job_cost(count: int, encoded_bytes: int) -> JobCost:
         stages = {name: Stage(round(meter.cpu[name], 4), meter.shuffled[name]) for name in names}
         launcher = spent - sum(stage.cpu_s for stage in stages.values())
         wall = time.perf_counter() - started
-        return JobCost(count, encoded_bytes, stages, launcher, listing, dict(stored), funnel.duplicate, wall)
+        return JobCost(
+            count, encoded_bytes, dimensions, stages, launcher, listing, dict(stored), funnel.duplicate, wall
+        )
 
 
 class SearchCost(NamedTuple):
@@ -400,6 +403,7 @@ def main() -> None:
         "--images", type=int, nargs="*", default=[1000, 10_000], help="jobs over synthetic references"
     )
     parser.add_argument("--encoded-bytes", type=int, default=4096)
+    parser.add_argument("--job-dimensions", type=int, default=DIMENSIONS)
     parser.add_argument(
         "--search", type=int, nargs="*", default=[10_000, 100_000], help="searches by themselves"
     )
@@ -433,7 +437,7 @@ def main() -> None:
             arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
     for count in arguments.images:
-        note("jobs", job_cost, count, arguments.encoded_bytes)
+        note("jobs", job_cost, count, arguments.encoded_bytes, arguments.job_dimensions)
     for count in arguments.search:
         note("searches", search_cost, count, arguments.dimensions)
     for count in arguments.curves:
