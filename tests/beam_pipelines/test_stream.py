@@ -1,6 +1,7 @@
 """The streaming job: what arrives is committed window by window, nothing is lost or doubled, and folding gives what one run gives."""
 
 import contextlib
+import functools
 import os
 import signal
 import threading
@@ -32,6 +33,7 @@ from tests.images.planted_faults import decode_or_fail
 from tests.loopback_gcs import LoopbackGcs
 from tests.loopback_pubsub import SUBSCRIPTION, LoopbackPubsub, pubsub  # noqa: F401  (a fixture)
 from tests.proof import counts
+from tests.proof.changes import with_environment
 from tests.proof.nursery import Child
 from tests.streams import Committed, codes, count_arrivals, dead_letters, fates, names, notice, until
 
@@ -364,6 +366,44 @@ def test_sigterm_commits_what_has_arrived(tmp_path: Path, corpus: list[Path]) ->
         child.kill()
     assert done.code == 0, done.output
     assert codes(open_snapshot(str(out))) == {"kept": 2}
+    assert not [path for path in (out / ".staging").rglob("*") if path.is_file()]
+
+
+def test_sigterm_commits_what_a_subscription_has_told_of_and_what_it_has_not(
+    gcs: LoopbackGcs,
+    pubsub: LoopbackPubsub,  # noqa: F811
+    tmp_path: Path,
+    corpus: list[Path],
+) -> None:
+    root, out = f"gs://{gcs.bucket}/photos", tmp_path / "out"
+    storage, committed = storage_of(root), Committed(out)
+    storage.write("first.jpg", corpus[0].read_bytes())
+    # So long a window closes in no test: what is committed is what the end commits.
+    arguments = ["--input", f"photos={root}", "--output", str(out), "--subscription", SUBSCRIPTION]
+    services = {"STORAGE_EMULATOR_HOST": gcs.url, "PUBSUB_EMULATOR_HOST": pubsub.host}
+    child = Child(
+        tmp_path / "log",
+        [*arguments, "--window", "86400"],
+        changes=[functools.partial(with_environment, services)],
+        module="beam_pipelines.stream_images",
+    )
+    try:
+        until(lambda: not child.process.is_alive() or committed.names().total() == 1)
+        for name, path in (("second.jpg", corpus[1]), ("junk.jpg", corpus[2]), ("untold.jpg", corpus[3])):
+            storage.write(name, b"no image" if name == "junk.jpg" else path.read_bytes())
+        for name in ("second.jpg", "junk.jpg", "second.jpg", "first.jpg"):
+            pubsub.publish(notice(gcs.bucket, name))
+        until(lambda: not child.process.is_alive() or pubsub.unacknowledged() == 0)
+        assert committed.names() == {"first.jpg": 1}
+        os.kill(child.pid, signal.SIGTERM)
+        done = child.wait()
+    finally:
+        child.kill()
+    assert done.code == 0, done.output
+    snapshot = open_snapshot(str(out))
+    assert names(snapshot) == Counter(["first.jpg", "second.jpg", "untold.jpg", "junk.jpg"])
+    assert codes(snapshot) == {"kept": 3, "unknown_format": 1}
+    assert not list(verify_snapshot(snapshot))
     assert not [path for path in (out / ".staging").rglob("*") if path.is_file()]
 
 
