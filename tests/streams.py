@@ -6,9 +6,13 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import apache_beam as beam
 import pytest
+from apache_beam.runners.runner import PipelineResult
 
+from beam_pipelines import windows
 from shards.snapshot import Snapshot, read_current, read_manifest
 from shards.storage import storage_of
 from transforms import arrive
@@ -93,7 +97,7 @@ class Committed:
             self._names += names(Snapshot(self._storage, [manifest]))
             found = manifest.parent
         self._last = current
-        return self._names
+        return Counter(self._names)
 
 
 def count_arrivals(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
@@ -105,3 +109,42 @@ def count_arrivals(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     monkeypatch.setattr(arrive, "Metrics", SimpleNamespace(counter=counter))
     return counted
+
+
+def state_bytes(result: PipelineResult) -> Counter[str]:
+    """Bytes of what the stages of a pipeline on `BundleBasedDirectRunner` keep between bundles, keys and all, by the state's name.
+
+    To be asked from its one worker, or when it has ended.
+    """
+    sizes = Counter[str]()
+    for states in result._evaluation_context._transform_keyed_states.values():
+        for key, state in states.items():
+            for of_window in state.state.values():
+                for name, values in of_window.items():
+                    if name.startswith("user/") and values:
+                        sizes[name.removeprefix("user/")] += len(key) + sum(map(len, values))
+    return sizes
+
+
+class StateOfWindows:
+    """What stages keep of a stream on `BundleBasedDirectRunner` each time that a window has been committed."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.windows: list[tuple[int, Counter[str]]] = []
+        """The end of each window in milliseconds, and `state_bytes` then."""
+        self.result: PipelineResult | None = None
+        commit_window, run = windows.commit_window, beam.Pipeline.run
+
+        def watched_run(pipeline: beam.Pipeline, *arguments: Any, **named: Any) -> PipelineResult:
+            self.result = run(pipeline, *arguments, **named)
+            return self.result
+
+        def watched_commit(part: windows.WindowPart, *arguments: Any) -> str:
+            snapshot_id = commit_window(part, *arguments)
+            until(lambda: self.result is not None)  # the runner may be quicker than its caller
+            assert self.result is not None
+            self.windows.append((part.end_ms, state_bytes(self.result)))
+            return snapshot_id
+
+        patch.setattr(beam.Pipeline, "run", watched_run)
+        patch.setattr(windows, "commit_window", watched_commit)

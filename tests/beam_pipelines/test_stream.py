@@ -5,6 +5,7 @@ import functools
 import os
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +23,13 @@ from beam_pipelines.options import StreamOptions, parse_as
 from beam_pipelines.stream_images import Looks, stream
 from embeddings.stream import CellState
 from images import sandbox
+from images.fetch import Fetcher, Reach, ref_rows
+from images.files import LocalFiles
+from images.web import WebOptions
 from shards.errors import BadData, BadRequest
 from shards.ids import image_id_of
-from shards.ledger import ImageRow, Ledger
-from shards.records import Tag
+from shards.ledger import ImageRow, Ledger, RefRow
+from shards.records import MediaRef, Tag
 from shards.snapshot import Snapshot, open_snapshot, read_current
 from shards.storage import storage_of
 from shards.verify import verify_snapshot
@@ -36,6 +40,7 @@ from tests.proof import counts
 from tests.proof.changes import with_environment
 from tests.proof.nursery import Child
 from tests.streams import Committed, codes, count_arrivals, dead_letters, fates, names, notice, until
+from transforms import arrive
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
@@ -110,6 +115,29 @@ def test_looks_and_a_fold_give_what_one_run_gives(
     assert _embedded(out) == embedded
     assert fates(folded)["whole.png"] == ("kept", "kept") and fates(folded)["half.png"][0] == "duplicate"
     assert run(["gc", str(out)]) == 0 and not list(verify_snapshot(open_snapshot(str(out))))
+
+
+def test_a_copy_that_a_killed_run_has_fetched_and_not_decided_is_decided_by_the_next(
+    tmp_path: Path, corpus: list[Path]
+) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    options = options_of(f"photos={photos}", out, once=True)
+    for name in ("first.png", "copy.png"):
+        (photos / name).write_bytes(corpus[0].read_bytes())
+        time.sleep(0.03)  # else it is too fresh for the ledger
+        # All that is left of a run that ends here.
+        fetcher, ref = Fetcher(LocalFiles(), Reach(WebOptions())), MediaRef(str(photos / name), 0, -1)
+        rows = ref_rows(ref, fetcher.fetch_known(ref))
+        Ledger(storage_of(str(out)), RefRow).put(rows, name)
+        arrive.decided_in.cache_clear()  # in another process, as it were
+        assert (
+            len(rows) == 1 and Looks(options, [], _quiet()).look() and not Looks(options, [], _quiet()).look()
+        )
+    assert fates(open_snapshot(str(out))) == {
+        "first.png": ("kept", "kept"),
+        "copy.png": ("duplicate", "same_bytes"),
+    }
 
 
 def _embedded(out: Path) -> set[bytes]:
