@@ -47,8 +47,7 @@ from transforms.arrive import (
     ListSources,
     ReadNotices,
     Windows,
-    decided_keys,
-    is_among,
+    decided_in,
     keyed,
     list_arrivals,
 )
@@ -256,11 +255,11 @@ class Looks:
         """Whether anything new was there."""
         prepared, streaming = prepare_stream(self._options, self._beam_args)
         job = prepared.job
-        decided = decided_keys(job.to.out, job.facts.base)
+        decided = decided_in(job.to.out, job.facts.base)
         arrivals = {
             key: arrival
             for key, arrival in keyed(list_arrivals(job.sources, int(time.time() * 1000)), job.reach)
-            if key not in self._tried and not is_among(key, decided)
+            if key not in self._tried and not decided.has(key, arrival.image.origin.name)
         }
         if not arrivals:
             return False

@@ -1,9 +1,11 @@
-"""The streaming job on one core: notices a second, and how long an image takes from its notice to the snapshot.
+"""The streaming job on one core: notices a second, how long an image takes from its notice to the snapshot, and what is remembered.
 
 python -m benchmarks.stream [--notices 2000] [--window 5] [--embedder real|stub]
+python -m benchmarks.stream --embedder stub --rate 5 --notices 600 --window 5 --horizon 30
 
 Notices come over a loopback Pub/Sub and name objects of a loopback Cloud Storage, both in a process of their own. `stub` embeds by a
-random projection of 8 x 8 pixels: what is left is Beam, fetching, decoding, comparing, packing and committing.
+random projection of 8 x 8 pixels: what is left is Beam, fetching, decoding, comparing, packing and committing. With a `--horizon` it prints
+how many bytes of state there were, keys and all, when each window had been committed.
 """
 
 import argparse
@@ -14,11 +16,13 @@ import resource
 import tempfile
 import threading
 import time
+from collections import Counter
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from benchmarks.machine import describe
 from shards.snapshot import open_by_id, read_current
@@ -98,6 +102,23 @@ def _follow(out: Path, committed: dict[str, float], stop: threading.Event) -> No
         last = current
 
 
+_KEPT = {
+    "seen": "flags",
+    "waiting": "waiting for a window's end",
+    "remembered": "arrivals in cells",
+    "decided": "decided images",
+}
+
+
+def _print_state(windows: list[tuple[int, Counter[str]]]) -> None:
+    """Bytes of each state when each window had been committed, as a table."""
+    print("\n| s | images of the horizon | " + " | ".join(_KEPT.values()) + " | in all |")
+    print("| -- " * (len(_KEPT) + 3) + "|")
+    for end_ms, kept in windows:
+        told = [(end_ms - windows[0][0]) // 1000, kept["decided"] // 40, *(kept[name] for name in _KEPT)]
+        print("".join(f"| {number:,} " for number in (*told, kept.total())) + "|")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--notices", type=int, default=2000)
@@ -105,6 +126,7 @@ def main() -> None:
     parser.add_argument("--lateness", type=int, default=2)
     parser.add_argument("--rate", type=float, default=0.0, help="notices a second; 0: all at once")
     parser.add_argument("--embedder", choices=["real", "stub"], default="real")
+    parser.add_argument("--horizon", type=int, default=0, help="seconds; 0: the job's default, and no table")
     given = parser.parse_args()
     os.sched_setaffinity(0, {0})
     ours, theirs = _SPAWN.Pipe()
@@ -120,6 +142,7 @@ def main() -> None:
     from beam_pipelines import stream_images
     from beam_pipelines.options import StreamOptions, parse_as
     from embeddings.encoder import load_encoder
+    from tests.streams import StateOfWindows
 
     storage, images = storage_of(f"gs://{bucket}"), sorted(_IMAGES.iterdir())
     names = []
@@ -128,7 +151,7 @@ def main() -> None:
         names.append(f"photos/{number}{path.suffix}")
         storage.write(names[-1], path.read_bytes() + number.to_bytes(4, "little"))
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         out = Path(folder) / "out"
         flags = {
             "input": [f"photos=gs://{bucket}/photos"],
@@ -136,11 +159,13 @@ def main() -> None:
             "subscription": "projects/test-project/subscriptions/objects",
             "window": str(given.window),
             "lateness": str(given.lateness),
+            **({"horizon": str(given.horizon)} if given.horizon else {}),
         }
         options = parse_as(StreamOptions, flags)
         prepared, streaming = stream_images.prepare_stream(options, [])
         if given.embedder == "stub":
             _stub(load_encoder(prepared.job.encoder))
+        state = StateOfWindows(patch) if given.horizon else None
         committed: dict[str, float] = {}
         stop, done = threading.Event(), threading.Event()
         threads = [
@@ -180,6 +205,8 @@ def main() -> None:
         print(
             f"{len(names) / took:.1f} notices/s, {1000 * used / len(names):.1f} ms CPU each (one core, decoders apart), latency p50 {p50:.1f} s, p99 {p99:.1f} s"
         )
+        if state is not None:
+            _print_state(state.windows)
 
 
 if __name__ == "__main__":

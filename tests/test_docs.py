@@ -58,7 +58,7 @@ def test_flags_that_the_docs_name_exist(page: Path) -> None:
         *("--rounds", "--images", "--originals", "--queries", "--plot", "--clusters", "--samples", "--only"),
         *("--lookalikes", "--encoder", "--shape", "--side", "--tokens", "--after-limit"),
         *("--day", "--pilot", "--check", "--planned", "--encoded-bytes", "--decode-ms", "--dimensions"),
-        *("--duplicates", "--calls", "--hot", "--worker-gb"),
+        *("--duplicates", "--calls", "--hot", "--worker-gb", "--embedder", "--notices", "--rate"),
         *(
             "--job_endpoint",
             "--flink_master",

@@ -80,24 +80,54 @@ def list_arrivals(sources: Sequence[Source], now_ms: int) -> Iterator[Arrival]:
                 yield Arrival(SourceImage(origin_of(source, found), MediaRef(found, 0, -1)), now_ms)
 
 
-@functools.lru_cache(1)  # a runner may set a step up anew for each bundle
-def decided_keys(out: str, snapshot_id: str) -> npt.NDArray[np.void]:
-    """Sorted keys, V32, of the references as they stood when their fate was decided in a snapshot or what it builds on.
+class Decided(NamedTuple):
+    """References as they stood when their fate was decided, V32 each: their keys, sorted; the image that each then was; and for each
+    decision row a digest of its image and name, sorted. 96 bytes a reference in all.
 
-    32 bytes each. What could not be fetched has no key, so it is tried again.
+    A key whose image is decided tells nothing yet: of a copy, under another name, a run that was killed may have left what the ledger
+    knows and no decision.
     """
-    if not snapshot_id:
-        return np.empty(0, "V32")
+
+    keys: npt.NDArray[np.void]
+    image_ids: npt.NDArray[np.void]
+    rows: npt.NDArray[np.void]
+
+    def has(self, key: bytes, name: str) -> bool:
+        """Whether what lies under this name, as it stands, is decided."""
+        place = _place(key, self.keys)
+        return place >= 0 and _place(_row(self.image_ids[place].tobytes(), name), self.rows) >= 0
+
+
+def _row(image_id: bytes, name: str) -> bytes:
+    return digest([image_id.hex(), name])
+
+
+def _place(key: bytes, keys: npt.NDArray[np.void]) -> int:
+    """Where a key is among sorted ones, -1 where it is not."""
+    place = int(np.searchsorted(keys.view("S32"), np.frombuffer(key, "S32")[0]))
+    return place if place < len(keys) and keys[place].tobytes() == key else -1
+
+
+@functools.lru_cache(1)  # a runner may set a step up anew for each bundle
+def decided_in(out: str, snapshot_id: str) -> Decided:
+    """What a snapshot, or what it builds on, has decided. What could not be fetched has no key, so it is tried again."""
+    ids, rows = set[bytes](), bytearray()
     storage = storage_of(out)
-    snapshot = open_by_id(storage, snapshot_id)
-    ids = {
-        image_id
-        for table in snapshot.batches("decisions", ["unit", "id"])
-        for unit, image_id in zip(*(table.column(name).to_pylist() for name in ("unit", "id")), strict=True)
-        if unit == "image" and image_id
-    }
-    keys = b"".join(row.key for row in Ledger(storage, RefRow).rows() if row.image_id.hex() in ids)
-    return np.sort(np.frombuffer(keys, "S32")).view("V32")
+    tables = (
+        open_by_id(storage, snapshot_id).batches("decisions", ["unit", "name", "id"]) if snapshot_id else ()
+    )
+    for table in tables:
+        for unit, name, hexed in zip(*(column.to_pylist() for column in table.columns), strict=True):
+            if unit == "image" and hexed:
+                ids.add(bytes.fromhex(hexed))
+                rows += _row(bytes.fromhex(hexed), name)
+    found = [row for row in Ledger(storage, RefRow).rows() if row.image_id in ids] if ids else []
+    keys = np.frombuffer(b"".join(row.key for row in found), "S32")
+    order = np.argsort(keys)
+    image_ids = np.frombuffer(b"".join(row.image_id for row in found), "V32")
+    return Decided(
+        keys[order].view("V32"), image_ids[order], np.sort(np.frombuffer(bytes(rows), "S32")).view("V32")
+    )
 
 
 class _FromNotice(beam.DoFn):
@@ -137,12 +167,6 @@ class ListSources(beam.PTransform):
         ).with_output_types(Arrival)
 
 
-def is_among(key: bytes, keys: npt.NDArray[np.void]) -> bool:
-    """Whether a key is one of those that `decided_keys` gives."""
-    place = np.searchsorted(keys.view("S32"), np.frombuffer(key, "S32")[0])
-    return bool(place < len(keys) and keys[place].tobytes() == key)
-
-
 def keyed(arrivals: Iterable[Arrival], reach: Reach) -> Iterator[tuple[bytes, Arrival]]:
     """Arrivals by their reference as it stands now; what is none, by where it is named."""
     fetcher = fetcher_of(reach)
@@ -161,11 +185,11 @@ class _Undecided(beam.DoFn):
         self._to, self._base, self._reach = to, base, reach
 
     def setup(self) -> None:
-        self._decided = decided_keys(self._to.out, self._base)
+        self._decided = decided_in(self._to.out, self._base)
 
     def process(self, arrival: Arrival) -> Iterator[tuple[bytes, Arrival]]:
         for key, one in keyed([arrival], self._reach):
-            if is_among(key, self._decided):
+            if self._decided.has(key, one.image.origin.name):
                 Metrics.counter(STAGE, "known").inc()
             else:
                 yield key, one

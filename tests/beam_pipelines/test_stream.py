@@ -1,12 +1,14 @@
 """The streaming job: what arrives is committed window by window, nothing is lost or doubled, and folding gives what one run gives."""
 
-import datetime
+import contextlib
+import functools
 import os
 import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 
@@ -20,48 +22,31 @@ from beam_pipelines.metrics import read_metrics
 from beam_pipelines.options import StreamOptions, parse_as
 from beam_pipelines.stream_images import Looks, stream
 from embeddings.stream import CellState
+from images import sandbox
+from images.fetch import Fetcher, Reach, ref_rows
+from images.files import LocalFiles
+from images.web import WebOptions
 from shards.errors import BadData, BadRequest
 from shards.ids import image_id_of
-from shards.ledger import ImageRow, Ledger
-from shards.records import Tag
+from shards.ledger import ImageRow, Ledger, RefRow
+from shards.records import MediaRef, Tag
 from shards.snapshot import Snapshot, open_snapshot, read_current
 from shards.storage import storage_of
 from shards.verify import verify_snapshot
+from tests.images.planted_faults import decode_or_fail
 from tests.loopback_gcs import LoopbackGcs
 from tests.loopback_pubsub import SUBSCRIPTION, LoopbackPubsub, pubsub  # noqa: F401  (a fixture)
 from tests.proof import counts
+from tests.proof.changes import with_environment
 from tests.proof.nursery import Child
+from tests.streams import Committed, codes, count_arrivals, dead_letters, fates, names, notice, until
+from transforms import arrive
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
 
 def options_of(inputs: str, out: Path, **more: object) -> StreamOptions:
     return parse_as(StreamOptions, {"input": [inputs], "output": str(out), **more})
-
-
-def codes(snapshot: Snapshot, unit: str = "image") -> Counter[str]:
-    """Codes of a whole chain, by its manifests, which its decision rows bear out."""
-    told: Counter[str] = Counter()
-    for manifest in snapshot.manifests:
-        told.update(manifest.codes)
-    rows = Counter(
-        "/".join(row)
-        for table in snapshot.batches("decisions", ["unit", "fate", "stage", "code"])
-        for row in zip(*(column.to_pylist() for column in table.columns), strict=True)
-    )
-    assert rows == told
-    return Counter(
-        {key.rsplit("/", 1)[1]: count for key, count in told.items() if key.startswith(f"{unit}/")}
-    )
-
-
-def fates(snapshot: Snapshot) -> dict[str, tuple[str, str]]:
-    return {
-        name: (fate, code)
-        for table in snapshot.batches("decisions", ["unit", "name", "fate", "code"])
-        for unit, name, fate, code in zip(*(column.to_pylist() for column in table.columns), strict=True)
-        if unit == "image"
-    }
 
 
 def test_looks_and_a_fold_give_what_one_run_gives(
@@ -132,23 +117,35 @@ def test_looks_and_a_fold_give_what_one_run_gives(
     assert run(["gc", str(out)]) == 0 and not list(verify_snapshot(open_snapshot(str(out))))
 
 
+def test_a_copy_that_a_killed_run_has_fetched_and_not_decided_is_decided_by_the_next(
+    tmp_path: Path, corpus: list[Path]
+) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    options = options_of(f"photos={photos}", out, once=True)
+    for name in ("first.png", "copy.png"):
+        (photos / name).write_bytes(corpus[0].read_bytes())
+        time.sleep(0.03)  # else it is too fresh for the ledger
+        # All that is left of a run that ends here.
+        fetcher, ref = Fetcher(LocalFiles(), Reach(WebOptions())), MediaRef(str(photos / name), 0, -1)
+        rows = ref_rows(ref, fetcher.fetch_known(ref))
+        Ledger(storage_of(str(out)), RefRow).put(rows, name)
+        arrive.decided_in.cache_clear()  # in another process, as it were
+        assert (
+            len(rows) == 1 and Looks(options, [], _quiet()).look() and not Looks(options, [], _quiet()).look()
+        )
+    assert fates(open_snapshot(str(out))) == {
+        "first.png": ("kept", "kept"),
+        "copy.png": ("duplicate", "same_bytes"),
+    }
+
+
 def _embedded(out: Path) -> set[bytes]:
     return {row.key for row in Ledger(storage_of(str(out)), ImageRow).rows() if not row.code}
 
 
 def _quiet() -> "stream_images.Console":
     return stream_images.Console(quiet=True)
-
-
-def _when(seconds: float) -> str:
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat()
-
-
-def _until(holds: Callable[[], bool], within_s: float = 120) -> None:
-    end = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 def _arrived(out: Path) -> Counter[str]:
@@ -226,6 +223,20 @@ def test_windows_leave_out_what_is_protected_or_has_an_unwanted_tag(
     assert folded.manifest.decontaminated["bench"]["candidates"] == 1
 
 
+@contextlib.contextmanager
+def listening(options: StreamOptions) -> Iterator[None]:
+    """The stream of notices alone, without a look before or after it; stopped where the block ends, wherever it is then."""
+    stop = threading.Event()
+    prepared, streaming = stream_images.prepare_stream(options, [])
+    with ThreadPoolExecutor(1) as aside:
+        listened = aside.submit(stream_images._listen, options, prepared, streaming, stop)
+        try:
+            yield
+        finally:
+            stop.set()
+            listened.result()
+
+
 def _sizes_of_cells(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes of the state of every cell, each time that it is written."""
     sizes, encode = [], CellState.encode
@@ -263,75 +274,109 @@ def test_notices_that_come_twice_late_out_of_order_or_broken(
     storage.write("protected.png", corpus[20].read_bytes() + bytes(1))
     missed = [f"{count - 1 - number}{corpus[(count - 1 - number) % 20].suffix}" for number in range(3)]
 
-    def notice(name: str, seconds_ago: float) -> dict[str, str]:
-        return {
-            "eventType": "OBJECT_FINALIZE",
-            "bucketId": gcs.bucket,
-            "objectId": f"photos/{name}",
-            "eventTime": _when(time.time() - seconds_ago),
-        }
-
-    told = [notice(name, chance.uniform(-60, 3600)) for name in contents if name not in missed]
+    told = [(name, chance.uniform(-60, 3600)) for name in contents if name not in missed]
     told += chance.choices(told, k=count // 4)
-    told += [
-        notice("protected.png", 0),
-        notice("gone.jpg", 0),
-        notice("../elsewhere.jpg", 0),
-        notice("beside.json", 0),
-    ]
+    told += [("protected.png", 0), ("gone.jpg", 0), ("../elsewhere.jpg", 0), ("beside.json", 0)]
     chance.shuffle(told)
+    passed_over = {"../elsewhere.jpg", "beside.json"}
+    half = len(told) // 2
+    repeated = next(one for one in told[:half] if one[0] in contents)  # as if it had not been acknowledged
     flags = {"subscription": SUBSCRIPTION, "window": "2", "lateness": "1", "horizon_images": "1000"}
     options = options_of(f"photos={root}", out, decontaminate=[f"bench={tmp_path}/bench.png"], **flags)
-
-    def listening() -> tuple[threading.Thread, threading.Event]:
-        stop = threading.Event()
-        prepared, streaming = stream_images.prepare_stream(options, [])
-        thread = threading.Thread(
-            target=stream_images._listen, args=(options, prepared, streaming, stop), daemon=True
+    committed, counted, decided = Committed(out), count_arrivals(monkeypatch), set[str]()
+    for part, num_poison in ((told[:half], 2), ([repeated, *told[half:]], 0)):
+        for name, seconds_ago in part:
+            pubsub.publish(notice(gcs.bucket, name, seconds_ago))
+        pubsub.publish({"eventType": "OBJECT_DELETE", "bucketId": gcs.bucket, "objectId": "photos/0.png"})
+        for _ in range(num_poison):
+            pubsub.publish({"bucketId": gcs.bucket}, b"{", "poison")
+        arrived = [name for name, _ in part if name not in passed_over] + ["poison"] * num_poison
+        expected = Counter(
+            first=len(set(arrived) - decided),
+            known=sum(name in decided for name in arrived),
+            elsewhere=1 + sum(name in passed_over for name, _ in part),
         )
-        thread.start()
-        return thread, stop
-
-    half = len(told) // 2
-    for message in told[:half]:
-        pubsub.publish(message)
-    pubsub.publish({"eventType": "OBJECT_DELETE", "bucketId": gcs.bucket, "objectId": "photos/0.png"})
-    pubsub.publish({"bucketId": gcs.bucket}, b"{", "poison")
-    pubsub.publish({"bucketId": gcs.bucket}, b"{", "poison")
-    thread, stop = listening()
-    within_s = counts.count(3600, 120)
-    _until(lambda: pubsub.unacknowledged() == 0 and _arrived(out).total() > 0, within_s)
-    stop.set()  # wherever it is
-    thread.join()
-
-    pubsub.publish({**told[0]})  # as if it had not been acknowledged
-    for message in told[half:]:
-        pubsub.publish(message)
-    thread, stop = listening()
-    _until(lambda: pubsub.unacknowledged() == 0, within_s)
-    stop.set()
-    thread.join()
-    # What the runner had taken and not committed, and what no notice told of, lies there still.
-    Looks(options, [], _quiet()).look()
+        expected["again"] = len(arrived) - expected["first"] - expected["known"]
+        decided |= set(arrived)
+        with listening(options):
+            # By the notices alone: no listing helps.
+            until(
+                lambda counts=expected, every=decided: (
+                    counted >= counts and committed.names() >= Counter(every)
+                ),
+                within_s=counts.count(3600, 60),
+            )
+        assert pubsub.unacknowledged() == 0
+        assert committed.names() == Counter(decided), "each once"
+        assert counted == expected
+        counted.clear()
+    assert decided == {*contents, "protected.png", "gone.jpg", "poison"} - set(missed)
     snapshot = open_snapshot(str(out))
     found = codes(snapshot)
-    assert found["kept"] == distinct
-    assert found["held_back_cosine"] + found["held_back_phash"] == count - distinct
-    names = Counter(
-        name
-        for table in snapshot.batches("decisions", ["unit", "name"])
-        for unit, name in zip(*(column.to_pylist() for column in table.columns), strict=True)
-        if unit == "image"
-    )
-    assert {name: names[name] for name in contents} == dict.fromkeys(contents, 1)
-    # What a listing would pass over is no arrival.
-    assert set(names) - set(contents) <= {"gone.jpg", "poison", "protected.png"}
+    near = found.pop("held_back_cosine") + found.pop("held_back_phash", 0)
+    assert near == count - len(missed) - distinct
+    assert found == {"kept": distinct, "benchmark_cosine_verified": 1, "file_missing": 1, "bad_notice": 1}
+    assert dead_letters(snapshot) == [
+        ("arrive", "bad_notice", "poison"),
+        ("decode", "file_missing", "gone.jpg"),
+    ]
     assert fates(snapshot)["protected.png"] == ("filtered", "benchmark_cosine_verified")
+
+    # What no notice told of lies there still.
+    assert Looks(options, [], _quiet()).look()
+    snapshot = open_snapshot(str(out))
+    assert names(Snapshot(snapshot.storage, [snapshot.manifest])) == Counter(missed)
+    assert codes(snapshot)["kept"] == distinct
+    assert names(snapshot) == Counter({*decided, *missed})
     assert not list(verify_snapshot(snapshot))
     stored = {image_id_of(data) for data in contents.values()}
     assert set(snapshot.media.ids()) <= stored and len(set(snapshot.media.ids())) == distinct
     # Of every image, but of no more than the newest thousand.
     assert 0 < max(sizes) <= 40 + (92 + 2 * 1280 + 8 + 128) * min(count, 1000)
+
+
+def test_one_that_is_not_had_at_once_is_tried_again_and_one_that_kills_its_decoder_costs_itself_alone(
+    gcs: LoopbackGcs,
+    pubsub: LoopbackPubsub,  # noqa: F811
+    tmp_path: Path,
+    corpus: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sandbox, "decode", decode_or_fail)
+    root, out = f"gs://{gcs.bucket}/photos", tmp_path / "out"
+    storage = storage_of(root)
+    contents = {f"{number}{path.suffix}": path.read_bytes() for number, path in enumerate(corpus[:4])} | {
+        "crashes.png": b"segfault",
+        "junk.png": b"no image",
+        "empty.png": b"",
+        "refused.png": corpus[4].read_bytes(),
+        "flaky.png": corpus[5].read_bytes(),
+    }
+    for name, data in contents.items():
+        storage.write(name, data)
+    for name, status, times in (("flaky.png", 503, 2), ("refused.png", 403, 1)):
+        gcs.fail_next("GET", f"/download/storage/v1/b/{gcs.bucket}/o/photos/{name}", status, times)
+    options = options_of(f"photos={root}", out, subscription=SUBSCRIPTION, window="2", lateness="1")
+    committed = Committed(out)
+    with listening(options):
+        for name in contents:
+            pubsub.publish(notice(gcs.bucket, name))
+        until(lambda: committed.names() >= Counter(contents.keys()))
+    assert committed.names() == Counter(contents.keys()) and gcs.faults_left() == []
+    snapshot = open_snapshot(str(out))
+    dead = {
+        "crashes.png": "decoder_crashed",
+        "empty.png": "empty_file",
+        "junk.png": "unknown_format",
+        "refused.png": "unreadable",
+    }
+    assert fates(snapshot) == {
+        name: ("dead", dead[name]) if name in dead else ("kept", "kept") for name in contents
+    }
+    assert dead_letters(snapshot) == sorted(("decode", code, name) for name, code in dead.items())
+    (crash,) = read_metrics(snapshot)[0]["failures"]["decode/decoder_crashed"]
+    assert crash["attempts"] <= 2 and "SIGSEGV" in crash["message"]
+    assert not list(verify_snapshot(snapshot))
 
 
 def test_sigterm_commits_what_has_arrived(tmp_path: Path, corpus: list[Path]) -> None:
@@ -341,7 +386,7 @@ def test_sigterm_commits_what_has_arrived(tmp_path: Path, corpus: list[Path]) ->
     arguments = ["--input", str(photos), "--output", str(out), "--poll-every", "600"]
     child = Child(tmp_path / "log", arguments, module="beam_pipelines.stream_images")
     try:
-        _until(lambda: not child.process.is_alive() or _arrived(out).total() == 1)
+        until(lambda: not child.process.is_alive() or _arrived(out).total() == 1)
         (photos / "second.jpg").write_bytes(corpus[1].read_bytes())
         os.kill(child.pid, signal.SIGTERM)
         done = child.wait()
@@ -349,6 +394,44 @@ def test_sigterm_commits_what_has_arrived(tmp_path: Path, corpus: list[Path]) ->
         child.kill()
     assert done.code == 0, done.output
     assert codes(open_snapshot(str(out))) == {"kept": 2}
+    assert not [path for path in (out / ".staging").rglob("*") if path.is_file()]
+
+
+def test_sigterm_commits_what_a_subscription_has_told_of_and_what_it_has_not(
+    gcs: LoopbackGcs,
+    pubsub: LoopbackPubsub,  # noqa: F811
+    tmp_path: Path,
+    corpus: list[Path],
+) -> None:
+    root, out = f"gs://{gcs.bucket}/photos", tmp_path / "out"
+    storage, committed = storage_of(root), Committed(out)
+    storage.write("first.jpg", corpus[0].read_bytes())
+    # So long a window closes in no test: what is committed is what the end commits.
+    arguments = ["--input", f"photos={root}", "--output", str(out), "--subscription", SUBSCRIPTION]
+    services = {"STORAGE_EMULATOR_HOST": gcs.url, "PUBSUB_EMULATOR_HOST": pubsub.host}
+    child = Child(
+        tmp_path / "log",
+        [*arguments, "--window", "86400"],
+        changes=[functools.partial(with_environment, services)],
+        module="beam_pipelines.stream_images",
+    )
+    try:
+        until(lambda: not child.process.is_alive() or committed.names().total() == 1)
+        for name, path in (("second.jpg", corpus[1]), ("junk.jpg", corpus[2]), ("untold.jpg", corpus[3])):
+            storage.write(name, b"no image" if name == "junk.jpg" else path.read_bytes())
+        for name in ("second.jpg", "junk.jpg", "second.jpg", "first.jpg"):
+            pubsub.publish(notice(gcs.bucket, name))
+        until(lambda: not child.process.is_alive() or pubsub.unacknowledged() == 0)
+        assert committed.names() == {"first.jpg": 1}
+        os.kill(child.pid, signal.SIGTERM)
+        done = child.wait()
+    finally:
+        child.kill()
+    assert done.code == 0, done.output
+    snapshot = open_snapshot(str(out))
+    assert names(snapshot) == Counter(["first.jpg", "second.jpg", "untold.jpg", "junk.jpg"])
+    assert codes(snapshot) == {"kept": 3, "unknown_format": 1}
+    assert not list(verify_snapshot(snapshot))
     assert not [path for path in (out / ".staging").rglob("*") if path.is_file()]
 
 

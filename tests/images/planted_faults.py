@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from images.decode import Decoded, Limits, decode
+from images.decode import Decoded, DecodeMode, Limits, decode
 from shards.errors import BadData
 from shards.records import Geometry, ImageFacts
 
@@ -47,11 +47,11 @@ FAULTS = {
 }
 
 
-def decode_or_fail(encoded: bytes, geometry: Geometry, limits: Limits) -> Decoded:
+def decode_or_fail(encoded: bytes, geometry: Geometry, limits: Limits, mode: DecodeMode = "exact") -> Decoded:
     """`decode`, unless the bytes are the name of a fault."""
     if fault := FAULTS.get(encoded):
         fault()
-    return decode(encoded, geometry, limits)
+    return decode(encoded, geometry, limits, mode)
 
 
 def echo(encoded: bytes) -> bytes:

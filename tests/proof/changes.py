@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,11 @@ def small_flushes() -> None:
 def with_hash_seed(seed: str) -> None:
     """For the processes that the child starts: its own seed was drawn when the one that it is forked from began."""
     os.environ["PYTHONHASHSEED"] = seed
+
+
+def with_environment(variables: Mapping[str, str]) -> None:
+    """What the test has set since the process began that children are forked from."""
+    os.environ |= variables
 
 
 def note(path: Path, text: str) -> None:
