@@ -48,8 +48,9 @@ _HELD = 0.85
 """Of the variance, what the directions of cells hold: with less guests become many, with more each one found costs more."""
 _DIRECTIONS_OF, _DIRECTIONS_AT = 4096, 64
 """Vectors that tell directions, and dimensions from which on there are any."""
-_FAR_FROM_IDEAL = 1.2
-"""Times the cost of even cells without guests, from which on cells in all directions may be worth a look."""
+_MANY_COPIES, _COMPARING = 2.0, 0.1
+"""Cells that a vector visits, and share of the cost that comparing is, from which on cells in all directions may be worth a look: few leave
+out what would tell guests, or clusters, apart."""
 _UNSEEN = 3
 """Misses that a sample without one still allows, 19 times of 20."""
 
@@ -73,11 +74,15 @@ class Estimate(NamedTuple):
         """Multiplications, as many as take the time of fitting, finding and opening the cells, sending the copies and comparing."""
         fitted = _ITERATIONS * num_to_fit(self.num_cells, MAX_SAMPLE) * self.num_cells
         return (
-            self.share * count * count / 2 * (dimensions * _LEADING + _SCANNING)
+            self.comparing(count, dimensions)
             + count * (self.finding(dimensions) + self.copies * SENDING * dimensions)
             + fitted * (self.directions or dimensions)
             + self.num_cells * _OPENING
         )
+
+    def comparing(self, count: float, dimensions: int) -> float:
+        """Multiplications that all comparisons take."""
+        return self.share * count * count / 2 * (dimensions * _LEADING + _SCANNING)
 
     def finding(self, dimensions: int) -> float:
         """Multiplications that finding the cells of a vector takes."""
@@ -250,7 +255,8 @@ def _cheapest(
 ) -> tuple[Cells, list[_Option]]:
     """Cells of the number, and in the directions, that rough ones tell to cost least; and those that were tried.
 
-    All directions are looked at where few leave something to gain: fewer guests, or, where clusters lie in what is left out, evener cells.
+    All directions are looked at where few leave something to gain: fewer guests, or evener cells, since clusters that lie in what is left
+    out fall into one.
     """
     # Vectors that centroids were fitted on are nearer to them than others, and visit fewer cells.
     unseen = sample[-_ROUGH:] if len(sample) >= _ROUGH + _rough_points(sizes[-1]) else sample
@@ -268,8 +274,9 @@ def _cheapest(
 
     basis = directions_of(sample)
     options = tried(sizes, basis)
-    ideal = min(Estimate(size, 1.0, 1.0, 1 / size, 1.0).cost(count, sample.shape[1]) for size in sizes)
-    if basis is not None and min(map(cost, options)) > _FAR_FROM_IDEAL * ideal:
+    cheapest = min([(BRUTE_FORCE, brute_force(count)), *options], key=cost)
+    compared = cheapest[0].comparing(count, sample.shape[1])
+    if basis is not None and (cheapest[0].copies > _MANY_COPIES or compared > _COMPARING * cost(cheapest)):
         options += tried(sizes, None)
     estimate, best = min(options, key=cost)
     fitted = sample[: num_to_fit(estimate.num_cells, len(sample))]

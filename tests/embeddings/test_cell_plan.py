@@ -117,7 +117,7 @@ def test_directions_that_clusters_do_not_lie_in_are_not_taken(monkeypatch: pytes
     basis, tight = directions_of(vectors), Thresholds(0.98, 8, 122)
     assert basis is not None and basis.shape[1] < 110
     plan = plan_cells(vectors, 30_000, tight)
-    monkeypatch.setattr(cell_plan, "_FAR_FROM_IDEAL", 1e9)
+    monkeypatch.setattr(cell_plan, "_COMPARING", 1)
     in_few = plan_cells(vectors, 30_000, tight)
     assert not plan.estimate.directions and in_few.estimate.directions
     assert plan.estimate.cost(30_000, 256) < 0.9 * in_few.estimate.cost(30_000, 256)

@@ -63,7 +63,8 @@ def many_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     # In few directions, of 16.
     monkeypatch.setattr(cell_plan, "_DIRECTIONS_AT", 8)
     monkeypatch.setattr(cell_plan, "_HELD", 0.3)
-    monkeypatch.setattr(cell_plan, "_FAR_FROM_IDEAL", 1e9)
+    monkeypatch.setattr(cell_plan, "_MANY_COPIES", 99)
+    monkeypatch.setattr(cell_plan, "_COMPARING", 1)
     monkeypatch.setattr(route, "_BATCH", 50)
     monkeypatch.setattr(deduplicate, "_WORTH_REMEMBERING", 1)
 
