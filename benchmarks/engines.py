@@ -1,6 +1,6 @@
 """The whole job on one machine's engines, beside one process: seconds that a run takes at all, and for each image more.
 
-    python -m benchmarks.engines --images 40 400
+    python -m benchmarks.engines --images 100 2000
 
 Engines are got as their tests get them (`make test-prism`, `make test-flink`); what the machine has no tools for is left out. Flink's
 JobManager, two TaskManagers, job server and pool of workers run before the clock does.
@@ -50,7 +50,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, nargs=2, default=[40, 400], help="of a small and a large input")
+    parser.add_argument(
+        "--images", type=int, nargs=2, default=[100, 2000], help="of a small and a large input"
+    )
     few, many = sorted(parser.parse_args().images)
     print(describe("apache-beam", "torch"))
     print(f"- load of the machine before: {os.getloadavg()[0]:.1f}\n")

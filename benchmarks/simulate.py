@@ -480,8 +480,8 @@ def stages_of(
     }
 
 
-CALL_CPU_S = 1.7e-3
-"""Of the calling process, `python -m benchmarks.synthesis` (docs/benchmarks.md)."""
+CALL_CPU_S = 0.87e-3
+"""Of the client, `python -m benchmarks.synthesis` (docs/benchmarks.md)."""
 SEGMENT_NAME_BYTES = 150
 """Of a segment in a job's graph: a folder and 64 digits."""
 

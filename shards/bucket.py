@@ -12,7 +12,7 @@ import mimetypes
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -193,9 +193,6 @@ class _BucketFile:
 
     def read(self, offset: int, length: int) -> bytes:
         return self._storage.read_range(self._path, offset, length)
-
-    def begin(self, offset: int, length: int) -> Callable[[], bytes]:
-        return gcs.side_by_side().submit(self.read, offset, length).result
 
     def close(self) -> None:
         pass

@@ -5,7 +5,6 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import google.cloud.storage as cloud
@@ -24,9 +23,6 @@ from requests.exceptions import RequestException
 
 _FAILURES = (GoogleAPIError, GoogleAuthError, InvalidResponse, DataCorruption, RequestException)
 
-_SIDE_BY_SIDE = 10
-"""As many connections as the client keeps open."""
-
 
 class GcsObject(NamedTuple):
     """An object that is there; its generation is another whenever it was written."""
@@ -43,16 +39,6 @@ def _client(process: int, emulator: str) -> Any:
     os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
     # Objects need no project; left out, the client would insist on finding one.
     return cloud.Client(project=None, credentials=AnonymousCredentials() if emulator else None)
-
-
-@functools.lru_cache(maxsize=4)
-def _threads(process: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_SIDE_BY_SIDE, "bucket")
-
-
-def side_by_side() -> ThreadPoolExecutor:
-    """Threads of this process for requests that need not wait for each other; as with the client, a forked process has its own."""
-    return _threads(os.getpid())
 
 
 def bucket_of(name: str) -> Any:

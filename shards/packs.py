@@ -5,7 +5,6 @@ its name the sample_id). Records are sorted by id. The index is an array of fixe
 tells where everything lies.
 """
 
-import functools
 import itertools
 import os
 import struct
@@ -184,18 +183,13 @@ class PackReader:
         """The record of the `rank`-th smallest id, counted from the end where negative, its checksums checked. Raises IndexError, CorruptShard."""
         table = self._located or self._table
         pack, offset, length = table.pack[rank], table.offset[rank], table.length[rank]
-        file = self._file(pack)
-        return self._checked(lambda: file.read(offset, length), pack, offset)
-
-    def begin_rank(self, rank: int) -> Callable[[], bytes]:
-        """`read_rank` in two steps: the call that is returned waits for the record. What is begun together is waited for together."""
-        table = self._located or self._table
-        pack, offset, length = table.pack[rank], table.offset[rank], table.length[rank]
-        return functools.partial(self._checked, self._file(pack).begin(offset, length), pack, offset)
-
-    def begin(self, record_id: bytes) -> Callable[[], bytes]:
-        """`read` in two steps."""
-        return self.begin_rank(self._rank(record_id))
+        framed = self._read(pack, offset, length)
+        try:
+            return tfrecord.unframe(framed, self._paths[pack])
+        except CorruptShard as error:
+            index = read_index(self._storage, f"{self._packs[pack]}.index")
+            record = int(np.searchsorted(index["offset"], offset))
+            raise CorruptShard(error.path, error.what, record) from None
 
     def ids(self) -> set[bytes]:
         """Whole ids of all records: 32 bytes and more of memory each."""
@@ -229,27 +223,22 @@ class PackReader:
             rank += 1
         return None
 
-    def _file(self, pack: int) -> RandomAccess:
+    def _read(self, pack: int, offset: int, length: int) -> bytes | memoryview:
         file = self._open.get(pack)
-        if file is None:
-            with self._lock:
-                try:
-                    file = self._open.get(pack) or self._storage.open(self._packs[pack])
-                except FileNotFoundError:
-                    raise CorruptShard(self._paths[pack], "missing") from None
-                if len(self._open) < _MAX_OPEN:
-                    self._open[pack] = file
-        return file
-
-    def _checked(self, framed: Callable[[], bytes | memoryview], pack: int, offset: int) -> bytes:
         try:
-            return tfrecord.unframe(framed(), self._paths[pack])
+            if file is not None:
+                return file.read(offset, length)
+            with self._lock:
+                file = self._open.get(pack) or self._storage.open(self._packs[pack])
+                kept = len(self._open) < _MAX_OPEN or pack in self._open
+                if kept:
+                    self._open[pack] = file
+            data = file.read(offset, length)
         except FileNotFoundError:
             raise CorruptShard(self._paths[pack], "missing") from None
-        except CorruptShard as error:
-            index = read_index(self._storage, f"{self._packs[pack]}.index")
-            record = int(np.searchsorted(index["offset"], offset))
-            raise CorruptShard(error.path, error.what, record) from None
+        if not kept:
+            file.close()
+        return data
 
     @property
     def _table(self) -> _Table:

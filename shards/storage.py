@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
@@ -31,9 +31,6 @@ class RandomAccess(Protocol):
 
     def read(self, offset: int, length: int) -> bytes | memoryview:
         """So many bytes from there, fewer at the file's end; they stay readable when the file is closed."""
-
-    def begin(self, offset: int, length: int) -> Callable[[], bytes | memoryview]:
-        """The same, without waiting: bytes are on their way while others are begun, and the call gives them."""
 
     def close(self) -> None: ...
 
@@ -154,14 +151,6 @@ class _LocalFile:
 
     def read(self, offset: int, length: int) -> memoryview:
         return self._view[offset : offset + length]
-
-    def begin(self, offset: int, length: int) -> Callable[[], memoryview]:
-        first = offset - offset % mmap.PAGESIZE
-        mapped = self._view.obj
-        if isinstance(mapped, mmap.mmap) and first < len(mapped):
-            mapped.madvise(mmap.MADV_WILLNEED, first, offset + length - first)
-        part = self.read(offset, length)
-        return lambda: part
 
     def close(self) -> None:
         """The map goes with the last of what was read from it."""
