@@ -56,7 +56,7 @@ def test_flags_that_the_docs_name_exist(page: Path) -> None:
         *("--config", "--substitutions", "--build-arg"),  # of gcloud and docker
         *("--s3_access_key_id", "--s3_secret_access_key", "--s3_region_name", "--s3_endpoint_url"),
         *("--rounds", "--images", "--originals", "--queries", "--plot", "--clusters", "--samples", "--only"),
-        *("--lookalikes", "--encoder", "--shape", "--side", "--tokens", "--after-limit"),
+        *("--lookalikes", "--encoder", "--shape", "--side", "--tokens", "--after-limit", "--of"),
         *("--day", "--pilot", "--check", "--planned", "--encoded-bytes", "--decode-ms", "--dimensions"),
         *("--duplicates", "--calls", "--hot", "--worker-gb", "--embedder", "--notices", "--rate"),
         *(
