@@ -3,8 +3,8 @@
 python -m benchmarks.search --images 100000 --rounds 3
 
 Vectors are drawn: clusters of 20 images in groups of 400, and coordinates whose scale falls as those of real embeddings do. One in twenty is a copy of
-another image, at a cosine drawn evenly from [t - .02, .999]; those that reach t once rounded to float16 are the pairs to be found. Each
-contender runs in a process of its own, on all cores. SemDeDup's way is faiss k-means fitted on the same sample with as many
+another image, at a cosine drawn evenly from [t - .02, .999]; those that reach t once rounded to float16 are the pairs to be found. With
+`--pilot OUT` they are a run's embeddings, tiled with noise up to the number that is asked for. Each contender runs in a process of its own, on all cores. SemDeDup's way is faiss k-means fitted on the same sample with as many
 clusters and iterations as the cells, and all pairs within each cluster: the product, its upper triangle, and the largest of each column.
 """
 
@@ -27,12 +27,15 @@ from embeddings.buckets import Buckets, Task, join_duplicates
 from embeddings.cell_plan import MAX_SAMPLE, fit, num_to_fit, plan_cells
 from embeddings.duplicates import DuplicateRule, Group, Pairing, Prints, Signatures, ids_of
 from embeddings.forest import Components, Members, components, find_forest, places_in
+from shards.ledger import ImageRow, Ledger
+from shards.storage import storage_of
 
 COPIES = 20
 """One image in so many is a copy."""
 CLUSTERS, WITHIN, FALL = (400, 20), 0.6, 0.5
 """Images of a group and of a cluster in it, the spread of each as a part of that around it, and the power by which coordinates shrink."""
 BRUTE_FORCE_UP_TO = 100_000
+LEAST_REAL = 4_000
 OURS, NEARLY, LOOSER, SEMDEDUP, ALL_PAIRS = (
     "exact",
     "recall .999",
@@ -86,19 +89,75 @@ def draw(
         drawn = centres[rng.integers(len(centres), size=size)]
         drawn += spread * rng.standard_normal(drawn.shape, np.float32)
         vectors[start : start + size] = drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
-    of = rng.choice(originals, num_copies, replace=False)
-    ours = vectors[of].astype(np.float32)
-    aside = scale * rng.standard_normal(ours.shape, np.float32)
+    return _plant(
+        vectors,
+        originals,
+        cosine,
+        rng,
+        lambda count: scale * rng.standard_normal((count, dimensions), np.float32),
+    )
+
+
+def tile(embeddings: np.ndarray, count: int, cosine: float, seed: int) -> Planted:
+    """As many as are asked for, of real ones, float16 (n, D): each at a cosine from .7 to less than reaches t of one of them, moved as two
+    of them differ."""
+    rng = np.random.default_rng(seed)
+    originals = count - count // COPIES
+    vectors = np.empty((count, embeddings.shape[1]), np.float16)
+
+    def differences(count: int) -> np.ndarray:
+        ours, theirs = (
+            embeddings[rng.integers(len(embeddings), size=count)].astype(np.float32) for _ in "ab"
+        )
+        # Never nothing, where one is taken twice.
+        return ours - theirs + np.float32(1e-3) * rng.standard_normal(ours.shape, np.float32)
+
+    for start in range(0, originals, 50_000):
+        size = min(50_000, originals - start)
+        ours = embeddings[rng.integers(len(embeddings), size=size)].astype(np.float32)
+        wanted = rng.uniform(0.7, cosine - 0.02, (size, 1)).astype(np.float32)
+        vectors[start : start + size] = _moved(ours, wanted, differences(size))
+    return _plant(vectors, originals, cosine, rng, differences)
+
+
+def _moved(ours: np.ndarray, cosine: np.ndarray, aside: np.ndarray) -> np.ndarray:
+    """Unit vectors (n, D) at cosines (n, 1) of some, to the side that `aside` (n, D) says."""
     aside -= (aside * ours).sum(axis=1, keepdims=True) * ours
     aside /= np.linalg.norm(aside, axis=1, keepdims=True)
-    wanted = rng.uniform(cosine - 0.02, 0.999, (num_copies, 1)).astype(np.float32)
-    vectors[originals:] = wanted * ours + np.sqrt(1 - wanted**2) * aside
+    return np.asarray(cosine * ours + np.sqrt(1 - cosine**2) * aside)
+
+
+def _plant(
+    vectors: np.ndarray,
+    originals: int,
+    cosine: float,
+    rng: np.random.Generator,
+    draw_aside: Callable[[int], np.ndarray],
+) -> Planted:
+    """Copies of some of the first vectors in the rows behind them, and all in no order."""
+    count = len(vectors)
+    of = rng.choice(originals, count - originals, replace=False)
+    ours = vectors[of].astype(np.float32)
+    aside = draw_aside(len(of))
+    wanted = rng.uniform(cosine - 0.02, 0.999, (len(of), 1)).astype(np.float32)
+    vectors[originals:] = _moved(ours, wanted, aside)
     scores = np.einsum("ij,ij->i", vectors[of], vectors[originals:], dtype=np.float64)
     order = rng.permutation(count)
     place = np.empty(count, np.intp)
     place[order] = np.arange(count)
     pairs = np.stack([place[of], place[originals:]], axis=1)
     return Planted(vectors[order], pairs[scores >= cosine])
+
+
+def embeddings_of(folder: str) -> np.ndarray:
+    """Those in a run's ledger, float16 (N, D), in the order of their keys."""
+    rows = Ledger(storage_of(folder), ImageRow).rows()
+    vectors = {row.key: np.frombuffer(row.embedding, "<f2") for row in rows if row.embedding}
+    if len(vectors) < LEAST_REAL:
+        raise SystemExit(
+            f"--pilot {folder}: {len(vectors)} embeddings; {LEAST_REAL:,} or more tell what cells cost"
+        )
+    return np.stack([vectors[key] for key in sorted(vectors)])
 
 
 def load(folder: Path) -> Planted:
@@ -370,6 +429,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--dimensions", type=int, default=256)
+    parser.add_argument(
+        "--pilot", help="the output folder of a run: its embeddings, tiled with noise, in place of drawn ones"
+    )
     parser.add_argument("--cosine", type=float, default=0.97)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument(
@@ -386,18 +448,21 @@ def main() -> None:
     arguments = parser.parse_args()
     print(describe("numpy", "torch", "faiss-cpu"))
     cosine = arguments.cosine
+    real = embeddings_of(arguments.pilot) if arguments.pilot else None
     measured: dict[str, list[tuple[int, Run]]] = {}
     for count in arguments.images:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            planted = draw(count, arguments.dimensions, cosine, arguments.seed, arguments.clusters)
+            if real is None:
+                planted = draw(count, arguments.dimensions, cosine, arguments.seed, arguments.clusters)
+            else:
+                planted = tile(real, count, cosine, arguments.seed)
+            dimensions = planted.vectors.shape[1]
             for stem, column in planted._asdict().items():
                 np.save(folder / stem, column)
             num_pairs = len(planted.pairs)
             del planted
-            print(
-                f"\n{count:,} vectors of {arguments.dimensions}, cosine {cosine}, {num_pairs:,} planted pairs\n"
-            )
+            print(f"\n{count:,} vectors of {dimensions}, cosine {cosine}, {num_pairs:,} planted pairs\n")
             names = [
                 one
                 for one in CONTENDERS
@@ -413,7 +478,7 @@ def main() -> None:
             report(count, rounds)
             for one, run in rounds[-1].items():
                 measured.setdefault(one, []).append((count, run))
-            floor = bare_products_s(arguments.dimensions, arguments.device)
+            floor = bare_products_s(dimensions, arguments.device)
             for one, run in rounds[0].items():
                 print(f"<!-- {one}: {run.compared * floor:.2f} s for the bare products of as many pairs -->")
             if "increment" in arguments.only:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import nnls
 
-from benchmarks.search import draw, sample_of
+from benchmarks.search import draw, embeddings_of, sample_of
 from embeddings.cell_plan import (
     BRUTE_FORCE,
     BRUTE_FORCE_BELOW,
@@ -34,8 +34,7 @@ from embeddings.cell_plan import (
     num_to_fit,
 )
 from embeddings.duplicates import SIGNATURE_BYTES, DuplicateRule
-from shards.ledger import COMPACT_ROWS, FLUSH_ROWS, FLUSH_S, ImageRow, Ledger
-from shards.storage import storage_of
+from shards.ledger import COMPACT_ROWS, FLUSH_ROWS, FLUSH_S
 
 MEASURED = Path(__file__).parent / "stage_costs.json"
 CALIBRATED_ON, FIXED_BY = 10_000, 100
@@ -172,11 +171,7 @@ def measured_curve(images: float, dimensions: int, path: Path = MEASURED) -> Cur
 
 def pilot_curve(folder: str) -> Curve:
     """Of the embeddings in a run's ledger."""
-    rows = Ledger(storage_of(folder), ImageRow).rows()
-    vectors = {row.key: np.frombuffer(row.embedding, "<f2") for row in rows if row.embedding}
-    if len(vectors) < 4_000:
-        raise SystemExit(f"--pilot {folder}: {len(vectors)} embeddings; 4,000 or more tell what cells cost")
-    picked = np.stack([vectors[key] for key in sorted(vectors)[:MAX_SAMPLE]])
+    picked = embeddings_of(folder)[:MAX_SAMPLE]
     return curve_of(picked, f"{len(picked):,} embeddings of {folder}")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.search import draw
+from benchmarks.search import draw, tile
 from benchmarks.simulate import (
     FLEETS,
     Costs,
@@ -137,6 +137,16 @@ def test_cells_that_save_nothing_are_told_as_they_are() -> None:
     few, more = (curve.at(size)[0] for size in (64, 256))
     assert 16 < few.copies < more.copies < 64 and few.share == 1
     assert curve.at(65_536)[0].copies <= 65_537
+
+
+def test_real_embeddings_are_tiled_to_any_number() -> None:
+    real = draw(500, 64, 0.97, 0).vectors
+    vectors, pairs = tile(real, 3000, 0.97, 0)
+    np.testing.assert_allclose(np.linalg.norm(vectors.astype(np.float64), axis=1), 1, atol=2e-3)
+    scores = vectors.astype(np.float64) @ vectors.T.astype(np.float64)
+    assert 50 < len(pairs) <= 150 and scores[tuple(pairs.T)].min() >= 0.97
+    nearest = (vectors.astype(np.float64) @ real.T.astype(np.float64)).max(axis=1)
+    assert np.quantile(nearest, 0.05) > 0.69 and np.median(nearest) < 0.95
 
 
 def test_numbers_are_readable() -> None:
