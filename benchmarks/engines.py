@@ -8,7 +8,6 @@ JobManager, two TaskManagers, job server and pool of workers run before the cloc
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,21 +18,21 @@ from pathlib import Path
 from benchmarks.machine import describe
 from benchmarks.throughput import make_jpegs
 from shards.snapshot import open_snapshot
-from tests.engines.__main__ import BUILD, FETCH
+from tests.engines.__main__ import BUILD, FETCH, PRISM_ARGS, missing_tools
 from tests.engines.flink_cluster import FlinkCluster
 
 
 def engines(work: Path) -> Iterator[tuple[str, Sequence[str]]]:
     """Name and options of each; the cluster is up until the next is asked for."""
     yield "one process", []
-    for engine, (fetch, tools) in FETCH.items():
-        if missing := [tool for tool in tools if shutil.which(tool) is None]:
+    for engine, (fetch, _) in FETCH.items():
+        if missing := missing_tools(engine):
             print(f"{engine} is left out: {' and '.join(missing)} not on the path")
             continue
         BUILD.mkdir(parents=True, exist_ok=True)
         fetch()
         if engine == "prism":
-            yield "Prism", ["--runner=PrismRunner", f"--prism_location={BUILD / 'bin' / 'prism'}"]
+            yield "Prism", PRISM_ARGS
         else:
             with FlinkCluster(BUILD / "flink", work / "flink") as cluster:
                 yield "Flink", cluster.beam_args

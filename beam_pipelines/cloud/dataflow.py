@@ -139,12 +139,17 @@ class DataflowOptions(BaseModel):
         parts = (f"type:{self.accelerator}", f"count:{self.accelerator_count}", self.accelerator_driver)
         return ";".join(filter(None, parts))
 
+    @property
+    def service_options(self) -> list[str]:
+        """All of them, with the GPU that every worker has."""
+        by_service = self.accelerator and self.accelerator_by == "service_option"
+        gpu = [f"worker_accelerator={self.accelerator_text}"] if by_service else []
+        return [*self.dataflow_service_options, *gpu]
+
     def beam_args(self) -> list[str]:
         """The block as Beam's options, in the order of the fields. An accelerator by hint is the job's own option."""
         args = [f"--runner={DATAFLOW}"]
-        service, experiments = list(self.dataflow_service_options), list(self.experiments)
-        if self.accelerator and self.accelerator_by == "service_option":
-            service.append(f"worker_accelerator={self.accelerator_text}")
+        experiments = list(self.experiments)
         if self.no_use_multiple_sdk_containers:
             experiments.append("no_use_multiple_sdk_containers")
         for name in type(self).model_fields:
@@ -162,7 +167,7 @@ class DataflowOptions(BaseModel):
                 args.append(f"--{name}={value if os.path.dirname(value) else f'./{value}'}")
             else:
                 args.append(f"--{name}" if value is True else f"--{name}={value}")
-        args += [f"--dataflow_service_options={text}" for text in service]
+        args += [f"--dataflow_service_options={text}" for text in self.service_options]
         args += [f"--experiments={text}" for text in experiments]
         if "localhost" in self.dataflow_endpoint:
             args.append("--no_auth")

@@ -199,19 +199,14 @@ def service_options(text: str) -> list[str]:
 
 def _merged(block: DataflowOptions, given: Mapping[str, str]) -> list[str]:
     """Service options of the block, its GPU among them, then those of the parameter. Raises BadRequest where the two contradict."""
-    standing, asked = (
-        list(block.dataflow_service_options),
-        service_options(given.get("dataflow_service_options", "")),
-    )
-    if block.accelerator and block.accelerator_by == "service_option":
-        standing.append(f"worker_accelerator={block.accelerator_text}")
-    values = {option.partition("=")[0]: option for option in standing}
+    asked = service_options(given.get("dataflow_service_options", ""))
+    values = {option.partition("=")[0]: option for option in block.service_options}
     for option in asked:
         if (other := values.get(option.partition("=")[0], option)) != option:
             raise BadRequest(
                 f"dataflow_service_options: {option} contradicts {other} of the `dataflow:` block: leave out one of them"
             )
-    merged = list(dict.fromkeys([*standing, *asked]))
+    merged = list(dict.fromkeys([*block.service_options, *asked]))
     by_hint = given.get("accelerator") or (block.accelerator if block.accelerator_by == "hint" else "")
     by_service = [option for option in merged if option.startswith("worker_accelerator=")]
     if by_hint and by_service:

@@ -60,12 +60,19 @@ def fetch_prism() -> None:
         fetch("Prism", ["go", "install", PRISM], GOBIN=str(BUILD / "bin"), GOFLAGS="-trimpath")
 
 
+PRISM_ARGS = ["--runner=PrismRunner", f"--prism_location={BUILD / 'bin' / 'prism'}"]
+"""Options that name Prism to a pipeline, which starts and stops it."""
 FETCH = {"flink": (fetch_flink, ("java", "mvn")), "prism": (fetch_prism, ("go",))}
 
 
+def missing_tools(engine: str) -> list[str]:
+    """What getting and running an engine needs and the path has not."""
+    return [tool for tool in FETCH[engine][1] if shutil.which(tool) is None]
+
+
 def main(engine: str) -> int:
-    get, needed = FETCH[engine]
-    missing = [tool for tool in needed if shutil.which(tool) is None]
+    get, _ = FETCH[engine]
+    missing = missing_tools(engine)
     if missing:
         print(f"{engine.title()} was not tried: {' and '.join(missing)} not on the path.")
         return 0

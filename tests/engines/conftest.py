@@ -17,7 +17,7 @@ from beam_pipelines.planting import plant
 from shards.snapshot import Snapshot, open_snapshot
 from shards.verify import verify_snapshot
 from tests.conftest import IMAGES
-from tests.engines.__main__ import BUILD
+from tests.engines.__main__ import BUILD, PRISM_ARGS
 from tests.engines.flink_cluster import REPOSITORY, FlinkCluster
 
 IMAGES_OF_CAPTIONS = 60
@@ -172,4 +172,4 @@ def flink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlinkCluster]:
 @pytest.fixture(scope="session")
 def prism() -> list[str]:
     """Options that name Prism to a pipeline, which starts and stops it."""
-    return ["--runner=PrismRunner", f"--prism_location={BUILD / 'bin' / 'prism'}"]
+    return PRISM_ARGS
